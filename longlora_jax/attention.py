@@ -1,0 +1,106 @@
+"""attend(): one door to every attention pattern of LongLoRA (the patterns themselves are in patterns.py).
+
+A grouped pattern is cut into pieces that are causal inside; pieces of equal length are folded into the batch
+axis and handed to a kernel. So the work is proportional to the pairs that the predicate allows, and no [T, T]
+array exists.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from longlora_jax.kernels import MASKED, causal_attention
+from longlora_jax.patterns import ABLATIONS, Pattern, allowed, plain_heads
+
+
+def attend(q, k, v, pattern: Pattern, *, segment_ids=None):
+    """Softmax attention under a pattern of LongLoRA.
+
+    q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K; segment_ids: [B, T] int32 or None (tokens see their
+    own segment only; give padding a segment of its own). Any T, any G. Returns [B, T, N, H] in q's dtype; scores
+    and softmax are float32. arXiv:2309.12307, section 3.2.
+    """
+    if pattern.name == "full":
+        return causal_attention(q, k, v, segment_ids)
+    if pattern.name in ABLATIONS:
+        return _by_predicate(q, k, v, pattern, segment_ids)
+    t, g = q.shape[1], pattern.group_size
+    if pattern.name == "short":
+        return _pieces(q, k, v, segment_ids, first=g, group=g)
+    plain = plain_heads(q.shape[2])
+    q1, k1, v1 = _heads(q, k, v, 0, plain)
+    out = [_pieces(q1, k1, v1, segment_ids, first=g, group=g)]
+    if plain < q.shape[2]:
+        q2, k2, v2 = _heads(q, k, v, plain, q.shape[2])
+        out.append(_shifted(q2, k2, v2, segment_ids, pattern, t, g))
+    return jnp.concatenate(out, axis=2)
+
+
+def _heads(q, k, v, start: int, stop: int):
+    """The query heads [start, stop) with kv heads that divide them evenly.
+
+    A cut inside a kv group (an odd number of kv heads, or one) leaves unequal shares; then each query head gets
+    a copy of its own kv head.
+    """
+    rep = q.shape[2] // k.shape[2]
+    if start % rep == 0 and stop % rep == 0:
+        kv = slice(start // rep, stop // rep)
+    elif start // rep == (stop - 1) // rep:
+        kv = slice(start // rep, start // rep + 1)
+    else:
+        kv = np.arange(start, stop) // rep
+    return q[:, :, start:stop], k[:, :, kv], v[:, :, kv]
+
+
+def _shifted(q, k, v, segment_ids, pattern: Pattern, t: int, g: int):
+    """The shifted half of the heads: other group boundaries, the same kernel."""
+    half = g // 2
+    if pattern.name == "s2":
+        return _pieces(q, k, v, segment_ids, first=g - half, group=g)
+    # Both wrapping patterns are plain groups of a rolled row; they differ in where the head of the row goes.
+    if pattern.name == "s2_wrap":
+        order = np.roll(np.arange(t), -(half % t))
+    else:  # in causal order inside each group: the head of the row comes before its tail
+        group_of = (np.arange(t) + half) % t // g
+        order = np.argsort(group_of, kind="stable")
+    back = np.argsort(order)
+    rolled = [x[:, order] for x in (q, k, v)]
+    segments = None if segment_ids is None else segment_ids[:, order]
+    return _pieces(*rolled, segments, first=g, group=g)[:, back]
+
+
+def _pieces(q, k, v, segment_ids, *, first: int, group: int):
+    """Causal attention inside consecutive pieces of a row: one of `first` tokens, then `group` each, then the rest."""
+    b, t = q.shape[:2]
+    first = min(first, t)
+    full = (t - first) // group
+    rest = t - first - full * group
+    if first == group:
+        first, full = 0, full + 1
+
+    def run(start, stop, count):
+        def fold(x):
+            x = x[:, start:stop]
+            return x.reshape(b * count, (stop - start) // count, *x.shape[2:])
+
+        segments = None if segment_ids is None else fold(segment_ids)
+        return causal_attention(fold(q), fold(k), fold(v), segments).reshape(b, stop - start, *q.shape[2:])
+
+    bounds = [(0, first, 1), (first, t - rest, full), (t - rest, t, 1)]
+    return jnp.concatenate([run(*piece) for piece in bounds if piece[1] > piece[0]], axis=1)
+
+
+def _by_predicate(q, k, v, pattern: Pattern, segment_ids):
+    """The definition itself with a [T, T] mask: for the paper's ablations, and the oracle of every test."""
+    b, t, n, h = q.shape
+    heads, i, j = np.arange(n)[:, None, None], np.arange(t)[:, None], np.arange(t)[None, :]
+    mask = jnp.asarray(allowed(pattern, heads, i, j, num_heads=n, seq_len=t))[None]
+    if segment_ids is not None:
+        mask &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    k, v = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bqnh,bsnh->bnqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
+    scores = jnp.where(mask, scores, MASKED)
+    scores = jnp.exp(scores - scores.max(-1, keepdims=True))
+    weights = (scores / scores.sum(-1, keepdims=True)).astype(v.dtype)
+    return jnp.einsum("bnqs,bsnh->bqnh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)

@@ -1,0 +1,240 @@
+"""The configuration of a model and of a run: plain dataclasses, checked by validate()."""
+
+import dataclasses
+import math
+import operator
+import types
+import typing
+from dataclasses import dataclass, field
+
+from longlora_jax.errors import UserError
+from longlora_jax.patterns import GROUPED, PATTERNS
+from longlora_jax.rope import ROPE_TYPES, RopeScaling
+
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
+MODES = ("lora_plus", "lora", "full")
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class ModelConfig:
+    """The shape and the constants of a LLaMA, named as in Hugging Face's config.json.
+
+    head_dim is given apart from hidden_size: some models do not have D = N * H.
+    max_position_embeddings is the window of the model as it is now, extended or not.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+
+@dataclass(unsafe_hash=True)
+class LoraConfig:
+    """Adapters of a run; the defaults are the paper's. rank 0 means no adapters."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ATTENTION_TARGETS
+    rslora: bool = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the product of the two matrices."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass
+class RopeConfig:
+    """How positions are made to fit a window longer than the model's own (see rope.extend_rope)."""
+
+    type: str = "linear"  # linear | dynamic | ntk | yarn | llama3 | longrope | keep (leave the model's rope alone)
+    factor: float = 0.0  # 0: ceil(seq_len / the model's original window)
+
+
+@dataclass
+class AttentionConfig:
+    """The attention pattern of training; evaluation is full attention unless asked otherwise."""
+
+    pattern: str = "s2"
+    group_ratio: float = 0.25  # group size as a share of seq_len; the paper's 1/4
+    group_size: int = 0  # group size in tokens; 0: by the ratio
+    full_last: float = 0.0  # the last share of the steps runs under full attention
+
+    def group_tokens(self, seq_len: int) -> int:
+        """The group size G in tokens for a window; 0 where the pattern has no groups."""
+        if self.pattern == "full":
+            return 0
+        return self.group_size or round(seq_len * self.group_ratio)
+
+
+@dataclass
+class DataConfig:
+    """Where documents come from and how they become windows (see longlora_jax.data)."""
+
+    source: str = "text"  # text | python | hf
+    path: str = ""  # text: a file, folder or glob; python: a folder, "" the running interpreter's library; hf: name or folder
+    split: str = "train"  # hf only
+    text_key: str = "text"  # hf only
+    tokenizer: str = ""  # a folder with tokenizer files; "": that of init_from
+    hold_out: tuple[str, ...] = ()  # files by name that are never read
+    only: tuple[str, ...] = ()  # read these files alone
+    max_tokens: int = 0  # stop reading after so many tokens; 0: read all
+
+
+@dataclass
+class OptimConfig:
+    """AdamW as the paper runs it."""
+
+    learning_rate: float = 2e-5
+    schedule: str = "constant"  # constant | cosine | linear
+    warmup_steps: int = 20
+    end_ratio: float = 0.0  # where cosine and linear end, as a share of learning_rate
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # 0: no clipping
+
+
+@dataclass
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation during training: full attention over windows of the held-out data, once every `every` steps."""
+
+    every: int = 0  # 0: never
+    max_windows: int = 16
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass
+class Config:
+    """A run: `python train.py --config FILE --workdir DIR`, where FILE defines get_config() -> Config.
+
+    Any field can be overridden on the command line: --config.optim.learning_rate=1e-4.
+    """
+
+    seq_len: int  # the window in tokens
+    steps: int  # optimizer updates
+    batch_size: int = 1  # rows of an update, over all devices and accumulation steps
+    accumulation: int = 1  # an update is computed in so many parts
+    init_from: str = ""  # a Hugging Face folder or a converted checkpoint; "": random weights of `model`
+    model: ModelConfig | None = None  # None: read from init_from
+    mode: str = "lora_plus"  # lora_plus | lora | full
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    dtype: str = "bfloat16"  # of activations and frozen weights: bfloat16 | float32
+    remat: str = "block"  # what the backward pass computes again: block | attention | none
+    loss_chunk: int = 1024  # rows of logits that exist at a time
+    log_every: int = 1
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+
+CHOICES = {
+    "mode": MODES,
+    "dtype": ("bfloat16", "float32"),
+    "remat": ("block", "attention", "none"),
+    "attention.pattern": PATTERNS,
+    "optim.schedule": ("constant", "cosine", "linear"),
+    "data.source": ("text", "python", "hf"),
+    "rope.type": (*ROPE_TYPES, "keep"),
+}
+POSITIVE = ("seq_len", "steps", "batch_size", "accumulation", "loss_chunk", "log_every", "save_every", "keep_checkpoints")
+
+
+def validate(config: Config) -> None:
+    """Checks what can be checked without files or devices; all faults come in one UserError."""
+    faults = []
+    for name, choices in CHOICES.items():
+        value = operator.attrgetter(name)(config)
+        if value not in choices:
+            faults.append(f"{name}={value!r} is unknown: use one of {', '.join(choices)}")
+    for name in POSITIVE:
+        if getattr(config, name) < 1:
+            faults.append(f"{name}={getattr(config, name)} must be 1 or more")
+    if config.model is None and not config.init_from:
+        faults.append("there is no model: set init_from to a model's folder, or model to a ModelConfig")
+    if config.accumulation > 0 and config.batch_size % config.accumulation:
+        faults.append(
+            f"batch_size={config.batch_size} is not a multiple of accumulation={config.accumulation}: "
+            "batch_size counts the rows of a whole update"
+        )
+    faults += _group_faults(config.attention, config.seq_len)
+    if config.mode != "full" and config.lora.rank < 1:
+        faults.append(f"lora.rank={config.lora.rank} leaves mode={config.mode!r} without adapters: set it to 1 or more")
+    if unknown := set(config.lora.targets) - {*ATTENTION_TARGETS, *MLP_TARGETS}:
+        known = ", ".join((*ATTENTION_TARGETS, *MLP_TARGETS))
+        faults.append(f"lora.targets holds {', '.join(sorted(unknown))}: use names out of {known}")
+    if not 0 <= config.lora.dropout < 1:
+        faults.append(f"lora.dropout={config.lora.dropout} must be at least 0 and below 1")
+    if faults:
+        raise UserError("; ".join(faults))
+
+
+def _group_faults(attention: AttentionConfig, seq_len: int) -> list[str]:
+    faults = []
+    if not 0 <= attention.full_last <= 1:
+        faults.append(f"attention.full_last={attention.full_last} is a share of the steps: give 0 to 1")
+    group = attention.group_tokens(seq_len)
+    if attention.pattern not in GROUPED:
+        return faults
+    if group < 2 or group > seq_len:
+        faults.append(
+            f"group_size={group} does not fit seq_len={seq_len}: set attention.group_size between 2 and seq_len, "
+            "or attention.group_ratio up to 1 (LongLoRA uses 0.25)"
+        )
+    elif seq_len % group:
+        faults.append(
+            f"seq_len={seq_len} is not a multiple of group_size={group}: set attention.group_size to a divisor "
+            f"(LongLoRA uses seq_len // 4) or change seq_len to {seq_len // group * group}"
+        )
+    return faults
+
+
+def from_dict(kind, values: dict):
+    """The inverse of dataclasses.asdict: a config of dataclass `kind` out of nested dicts (as JSON gives them)."""
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    if unknown := set(values) - known:
+        raise UserError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+
+    def restore(hint, value):
+        if isinstance(hint, types.UnionType):
+            hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        if dataclasses.is_dataclass(hint) and value is not None:
+            return from_dict(hint, value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: restore(hints[name], value) for name, value in values.items()})

@@ -1,0 +1,17 @@
+"""What the user got wrong: one clear line on standard error and exit code 2."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """A fault that the user can mend: what was given, what is needed, what to change."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command; a UserError becomes one line on standard error and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

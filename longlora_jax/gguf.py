@@ -1,0 +1,264 @@
+"""GGUF files of llama.cpp's `llama` architecture: configuration, weights and tokenizer, no torch.
+
+Keys and tensor names are those of llama.cpp's convert_hf_to_gguf.py, read by its `gguf` package.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, ReaderTensor, dequantize
+
+from longlora_jax.config import ModelConfig
+from longlora_jax.errors import UserError
+from longlora_jax.gguf_tokenizer import tokenizer_files
+from longlora_jax.hf import DTYPES, Params, build_params, shape_faults, weight_rules
+from longlora_jax.hf_config import refuse
+from longlora_jax.rope import RopeScaling, rope_frequencies
+
+_TOP_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# One divisor for each rotary frequency; they describe the scaling and are no weights.
+_FREQ_DIVISORS = "rope_freqs.weight"
+_LONG_DIVISORS, _SHORT_DIVISORS = "rope_factors_long.weight", "rope_factors_short.weight"
+_ROPE_TENSORS = (_FREQ_DIVISORS, _LONG_DIVISORS, _SHORT_DIVISORS)
+# Every Llama 3.1, 3.2 and 3.3; a GGUF file keeps only the divisors that follow from them.
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+Read = Callable[..., Any]
+
+
+def load_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, Params, dict[str, str]]:
+    """Reads a GGUF file of a LLaMA in any type that the `gguf` package can dequantize.
+
+    dtype: a key of hf.DTYPES; the weights are dequantized in float32 and then rounded to it.
+    Returns the config, the param tree of numpy arrays, and the tokenizer files {name: content}.
+    All names, shapes and types are checked before a weight is read. Raises UserError.
+    """
+    reader = _open(path)
+    tensors = {_hf_name(t.name): t for t in reader.tensors if t.name not in _ROPE_TENSORS}
+    divisors = {t.name: _array(t) for t in reader.tensors if t.name in _ROPE_TENSORS}
+
+    def read(key: str, default: Any = None) -> Any:
+        field = reader.get_field(key)
+        return default if field is None else field.contents()
+
+    config = _config(path, read, tensors, divisors)
+    layers, rules = config.num_hidden_layers, weight_rules(config)
+    shapes = {name: tuple(t.shape.tolist()[::-1]) for name, t in tensors.items()}
+    faults = list(shape_faults(rules, layers, shapes))
+    refuse(path, faults + list(_type_faults(reader.tensors)))
+    tokenizer = tokenizer_files(path, read, config)
+    dtypes = {name: DTYPES[dtype] for name in tensors}
+    params = build_params(rules, layers, dtypes, lambda n: _weight(n, tensors[n], config))
+    return config, params, tokenizer
+
+
+def _open(path: str) -> GGUFReader:
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not a file: give a GGUF file")
+    try:
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is no GGUF file, damaged or cut off ({reason})") from error
+
+
+def _hf_name(name: str) -> str:
+    """Hugging Face's name of a tensor; an unknown name stays as it is and is refused later."""
+    if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, part, kind = found.groups()
+        return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{kind}" if part in _LAYER_NAMES else name
+    part, _, kind = name.rpartition(".")
+    return f"{_TOP_NAMES[part]}.{kind}" if part in _TOP_NAMES else name
+
+
+def _array(tensor: ReaderTensor) -> np.ndarray:
+    return dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+
+
+def _type_faults(tensors: list[ReaderTensor]) -> Iterator[str]:
+    for kind in {t.tensor_type for t in tensors}:
+        first = next(t for t in tensors if t.tensor_type == kind)
+        try:
+            dequantize(first.data[:1], kind)
+        except NotImplementedError:
+            yield f"{first.name} has type {kind.name}, which the gguf package cannot dequantize"
+
+
+def _weight(name: str, tensor: ReaderTensor, config: ModelConfig) -> np.ndarray:
+    """One weight in Hugging Face's layout.
+
+    llama.cpp turns neighbours (2i, 2i + 1) of a head, Hugging Face (i, i + H/2): its converter
+    has reordered the rows of q and k, and this puts them back.
+    """
+    array = _array(tensor)
+    if "q_proj" in name or "k_proj" in name:
+        pairs = array.reshape(-1, config.head_dim // 2, 2, *array.shape[1:])
+        array = pairs.swapaxes(1, 2).reshape(array.shape)
+    return array
+
+
+def _config(path: str, read: Read, tensors: dict, divisors: dict) -> ModelConfig:
+    architecture = read("general.architecture")
+    if architecture != "llama":
+        raise UserError(f"{path}: general.architecture is {architecture!r}, it must be 'llama'")
+    faults = []
+
+    def size(key: str, default: Any = None) -> int:
+        value = read(f"llama.{key}", default)
+        if not (isinstance(value, int) and value > 0):
+            faults.append(f"llama.{key} is {value!r}, it must be one whole number above 0")
+            return 1
+        return value
+
+    def number(key: str, default: Any = None) -> float:
+        value = read(f"llama.{key}", default)
+        if not (isinstance(value, (int, float)) and value > 0):
+            faults.append(f"llama.{key} is {value!r}, it must be a number above 0")
+            return 1.0
+        # 1e-5 comes out of its 32 bits as 9.99999975e-06; the shortest decimal is what was meant.
+        return float(str(np.float32(value)))
+
+    width, heads = size("embedding_length"), size("attention.head_count")
+    head_dim = size("attention.key_length", width // heads)
+    window = size("context_length")
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if size(key, head_dim) != head_dim:
+            faults.append(f"llama.{key} is {read(f'llama.{key}')}, it must be {head_dim}")
+    if read("llama.expert_count", 0):
+        faults.append("it is a mixture of experts")
+    sliding = read("llama.attention.sliding_window", 0)
+    if 0 < sliding < window:
+        faults.append(f"its window slides ({sliding} of {window} tokens), that is not supported")
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is None:
+        faults.append("missing tensor token_embd.weight")
+    theta = number("rope.freq_base", 10000.0)
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": size("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": size("attention.head_count_kv", heads),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+    }
+    refuse(path, faults)
+    assert embedding is not None
+    return ModelConfig(
+        **sizes,
+        vocab_size=int(embedding.shape[-1]),
+        head_dim=head_dim,
+        max_position_embeddings=window,
+        rope_theta=theta,
+        rope_scaling=_rope_scaling(path, read, divisors, theta, head_dim, window),
+        tie_word_embeddings="lm_head.weight" not in tensors,
+        attention_bias=any(n.endswith("bias") and ".self_attn." in n for n in tensors),
+        mlp_bias=any(n.endswith("bias") and ".mlp." in n for n in tensors),
+        bos_token_id=read("tokenizer.ggml.bos_token_id"),
+        eos_token_id=read("tokenizer.ggml.eos_token_id"),
+        pad_token_id=read("tokenizer.ggml.padding_token_id"),
+    )
+
+
+def _rope_scaling(
+    path: str, read: Read, divisors: dict, theta: float, head_dim: int, window: int
+) -> RopeScaling | None:
+    """The scaling from `llama.rope.scaling.*` and from the tensors of divisors."""
+
+    def key(name: str, default: Any = None) -> Any:
+        return read(f"llama.rope.scaling.{name}", default)
+
+    # As llama.cpp reads them: linear where a factor stands alone, under its old name as well.
+    kind = key("type", "linear")
+    factor = float(key("factor") or read("llama.rope.scale_linear") or 1.0)
+    if kind == "linear" and factor == 1:
+        kind = "none"
+    if kind == "none" and _FREQ_DIVISORS in divisors:
+        return _from_divisors(divisors[_FREQ_DIVISORS].ravel(), theta, head_dim, window)
+    if kind == "none":
+        return None
+    odd = [
+        n for n, usual in (("yarn_ext_factor", 1), ("yarn_attn_factor", 1)) if key(n, 1) != usual
+    ]
+    if key("yarn_log_multiplier", 0):
+        odd.append("yarn_log_multiplier")
+    odd += [_FREQ_DIVISORS] if _FREQ_DIVISORS in divisors else []
+    if odd or kind not in ("linear", "yarn", "longrope"):
+        raise UserError(f"{path}: rope scaling {kind!r} with {odd} is not supported")
+    original = key("original_context_length")
+    attention = float(key("attn_factor", 1.0))
+    if kind == "linear":
+        return RopeScaling(
+            rope_type=kind,
+            factor=factor,
+            original_max_position_embeddings=int(original or window / factor),
+        )
+    if kind == "yarn":
+        return RopeScaling(
+            rope_type=kind,
+            factor=factor,
+            original_max_position_embeddings=int(original or window),
+            beta_fast=key("yarn_beta_fast"),
+            beta_slow=key("yarn_beta_slow"),
+            # On top of YaRN's own factor there, instead of it here.
+            attention_factor=attention * (1 + 0.1 * np.log(factor)) if attention != 1 else None,
+        )
+    missing = [name for name in (_LONG_DIVISORS, _SHORT_DIVISORS) if name not in divisors]
+    refuse(path, [f"missing tensor {name}" for name in missing])
+    return RopeScaling(
+        rope_type=kind,
+        factor=max(1.0, window / (original or window)),
+        original_max_position_embeddings=int(original or window),
+        attention_factor=attention,
+        short_factor=tuple(divisors[_SHORT_DIVISORS].ravel().tolist()),
+        long_factor=tuple(divisors[_LONG_DIVISORS].ravel().tolist()),
+    )
+
+
+def _from_divisors(
+    divisors: np.ndarray, theta: float, head_dim: int, window: int
+) -> RopeScaling | None:
+    """Finds the scaling behind `rope_freqs.weight`, [H/2]: frequency i is divided by number i.
+
+    That is llama3 scaling if the published settings give these divisors. Whatever else they are,
+    longrope with the same divisors at every length holds them exactly.
+    """
+    if np.all(divisors == 1):
+        return None
+    llama3 = RopeScaling(rope_type="llama3", factor=float(divisors.max()), **_LLAMA3)
+    rope = {"head_dim": head_dim, "theta": theta, "seq_len": window}
+    plain, _ = rope_frequencies(scaling=None, **rope)
+    scaled, _ = rope_frequencies(scaling=llama3, **rope)
+    # Both sides are float32 roundings of the same numbers.
+    if len(divisors) == len(plain) and np.allclose(plain / divisors, scaled, rtol=1e-5, atol=0):
+        return llama3
+    table = tuple(divisors.tolist())
+    return RopeScaling(
+        rope_type="longrope",
+        factor=1.0,
+        original_max_position_embeddings=window,
+        attention_factor=1.0,
+        short_factor=table,
+        long_factor=table,
+    )

@@ -1,0 +1,139 @@
+"""The fast way to compute plain causal attention; LongLoRA's groups arrive here folded into the batch axis.
+
+No kernel knows about groups or shifts: attention.py cuts a pattern into pieces that are causal inside, and
+every piece comes here as rows of a batch. The XLA kernel below runs on any device. It is the tiling of
+FlashAttention-2 (arXiv:2307.08691) written with jax.numpy: blocks of scores are made, used and dropped,
+blocks above the diagonal are never visited, and the backward pass recomputes scores from the saved
+log-sum-exp of each row.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MASKED = -1e30  # finite, so that a row without any visible key gives zeros and not NaN
+
+
+def causal_attention(q, k, v, segment_ids=None, *, block: int | None = None):
+    """Causal attention of each batch row by itself.
+
+    q: [Z, T, N, H]; k, v: [Z, T, K, H] with N a multiple of K (query head n reads kv head n // (N // K));
+    segment_ids: [Z, T] int32 or None, tokens see their own segment only. Returns [Z, T, N, H] in q's dtype.
+    Scores, softmax and sums are float32; block: side of a block of scores in tokens. No array is larger than Z * N * T * max(H, block).
+    """
+    z, t, n, h = q.shape
+    kv_heads = k.shape[2]
+    rep = n // kv_heads
+    assert rep * kv_heads == n, (n, kv_heads)
+    # An eighth of the row wastes little above the diagonal; the bounds suit a CPU's cache and its loop overhead.
+    block = min(t, block or min(max(t // 8, 64), 512))
+    blocks = -(-t // block)
+    pad = blocks * block - t
+    if pad:  # padded keys lie in the future of every real query
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+        if segment_ids is not None:
+            segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    # Blocks first, so that a loop step reads contiguous memory; the queries that share a kv head are rows.
+    q = q.reshape(z, blocks, block, kv_heads, rep, h).transpose(1, 0, 3, 4, 2, 5)
+    q = q.reshape(blocks, z, kv_heads, rep * block, h)
+    k, v = (x.reshape(z, blocks, block, kv_heads, h).transpose(1, 0, 3, 2, 4) for x in (k, v))
+    if segment_ids is not None:
+        segment_ids = segment_ids.reshape(z, blocks, block).transpose(1, 0, 2)
+    out = _blocks(q, k, v, segment_ids)
+    out = out.reshape(blocks, z, kv_heads, rep, block, h).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(z, blocks * block, n, h)[:, :t]
+
+
+def _scores(q, k, segments_q, segments_k, diagonal: bool):
+    """Scaled scores [Z, K, rep * b, b] in float32 of a block of queries against a block of keys."""
+    scores = jnp.einsum("zkqh,zksh->zkqs", q, k, preferred_element_type=jnp.float32)
+    scores *= 1.0 / math.sqrt(q.shape[-1])
+    block = k.shape[-2]
+    rep = q.shape[-2] // block
+    allowed = None
+    if diagonal:
+        allowed = np.tile(np.tri(block, dtype=bool), (rep, 1))[None, None]
+    if segments_q is not None:
+        same = segments_q[:, :, None] == segments_k[:, None, :]
+        same = jnp.tile(same, (1, rep, 1))[:, None]
+        allowed = same if allowed is None else same & allowed
+    return scores if allowed is None else jnp.where(allowed, scores, MASKED)
+
+
+def _at(x, i):
+    return None if x is None else jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+
+
+@functools.partial(jax.custom_vjp)
+def _blocks(q, k, v, segment_ids):
+    """q: [n, Z, K, rep * b, H]; k, v: [n, Z, K, b, H]; segment_ids: [n, Z, b] or None. Returns q's shape."""
+    return _forward(q, k, v, segment_ids)[0]
+
+
+def _forward(q, k, v, segment_ids):
+    def query_block(i):
+        q_i, seg_i = q[i], _at(segment_ids, i)
+
+        def key_block(j, carry, diagonal=False):
+            acc, top, total = carry
+            scores = _scores(q_i, _at(k, j), seg_i, _at(segment_ids, j), diagonal)
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.exp(scores - new_top[..., None])
+            decay = jnp.exp(top - new_top)
+            acc = acc * decay[..., None] + jnp.einsum(
+                "zkqs,zksh->zkqh", weights.astype(v.dtype), _at(v, j), preferred_element_type=jnp.float32
+            )
+            return acc, new_top, total * decay + weights.sum(-1)
+
+        rows = q_i.shape[:-1]
+        start = (jnp.zeros(q_i.shape, jnp.float32), jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32))
+        acc, top, total = key_block(i, jax.lax.fori_loop(0, i, key_block, start), diagonal=True)
+        return (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
+
+    return jax.lax.map(query_block, jnp.arange(q.shape[0]))
+
+
+def _vjp_forward(q, k, v, segment_ids):
+    out, log_total = _forward(q, k, v, segment_ids)
+    return out, (q, k, v, segment_ids, out, log_total)
+
+
+def _vjp_backward(residuals, d_out):
+    q, k, v, segment_ids, out, log_total = residuals
+    n = q.shape[0]
+    scale = 1.0 / math.sqrt(q.shape[-1])
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+
+    def key_block(d_q, j):
+        k_j, v_j, seg_j = k[j], v[j], _at(segment_ids, j)
+
+        def query_block(i, carry, diagonal=False):
+            d_q, d_k, d_v = carry
+            q_i, d_out_i = _at(q, i), _at(d_out, i)
+            scores = _scores(q_i, k_j, _at(segment_ids, i), seg_j, diagonal)
+            weights = jnp.exp(scores - _at(log_total, i)[..., None])
+            f32 = {"preferred_element_type": jnp.float32}
+            d_v += jnp.einsum("zkqs,zkqh->zksh", weights.astype(q.dtype), d_out_i, **f32)
+            d_weights = jnp.einsum("zkqh,zksh->zkqs", d_out_i, v_j, **f32)
+            d_scores = (weights * (d_weights - _at(delta, i)[..., None]) * scale).astype(q.dtype)
+            d_k += jnp.einsum("zkqs,zkqh->zksh", d_scores, q_i, **f32)
+            d_q = d_q.at[i].add(jnp.einsum("zkqs,zksh->zkqh", d_scores, k_j, **f32))
+            return d_q, d_k, d_v
+
+        start = (d_q, jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32))
+        d_q, d_k, d_v = jax.lax.fori_loop(j + 1, n, query_block, query_block(j, start, diagonal=True))
+        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
+
+    d_q, (d_k, d_v) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(n))
+    return d_q.astype(q.dtype), d_k, d_v, None
+
+
+_blocks.defvjp(_vjp_forward, _vjp_backward)
+
+
+def kernel_name() -> str:
+    """The kernel that causal_attention runs on this backend, for logs."""
+    return f"xla-blockwise on {jax.default_backend()}"

@@ -1,0 +1,80 @@
+"""What a run reports: metrics.jsonl, TensorBoard events, a progress bar, and the census at the start."""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Writes each logged step to metrics.jsonl and to TensorBoard.
+
+    start_step: the step that a run resumes from; later lines of an earlier attempt, and a line that a crash
+    cut off, are removed first, so no step is reported twice.
+    """
+
+    def __init__(self, workdir: str, *, start_step: int):
+        from tensorboardX import SummaryWriter
+
+        path = Path(workdir) / "metrics.jsonl"
+        _keep_until(path, start_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        # Events of steps that a crash undid stay in their file: TensorBoard drops them at purge_step.
+        self._events = SummaryWriter(workdir, purge_step=start_step + 1 if start_step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes one object: {"step": step, **values}."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    aside = path.with_suffix(".incomplete")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def progress_bar(total: int, *, start: int, label: str):
+    """A progress bar with the time left on standard error; silent text when that is no terminal."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=label,
+        unit="step",
+        mininterval=0.5 if terminal else 15,
+        maxinterval=0.5 if terminal else 15,
+        dynamic_ncols=terminal,
+        ncols=None if terminal else 100,
+    )
+
+
+def human(number: float, unit: str = "") -> str:
+    """A number with three digits and a metric letter: 139.7M."""
+    for letter in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000:
+            return f"{number:.4g}{letter}{unit}"
+        number /= 1000
+    return f"{number:.4g}P{unit}"
+
+
+def census_lines(groups: dict[str, dict[str, int]]) -> list[str]:
+    """The census of trainable.census as aligned lines, totals last."""
+    rows = [(name, g["trainable"], g["frozen"]) for name, g in groups.items()]
+    rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    lines = [f"{'group':<10} {'trainable':>16} {'frozen':>16}"]
+    return lines + [f"{name:<10} {trainable:>16,} {frozen:>16,}" for name, trainable, frozen in rows]

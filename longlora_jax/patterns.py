@@ -1,0 +1,80 @@
+"""The attention patterns of LongLoRA as predicates: who may see whom. The single source of truth.
+
+Every kernel and every shortcut of attention.py is tested against `allowed`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from longlora_jax.errors import UserError
+
+GROUPED = ("s2", "s2_wrap", "s2_swap", "short")
+ABLATIONS = ("dilated", "block_sparse", "stride_sparse")
+PATTERNS = ("full", *GROUPED, *ABLATIONS)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys a query may see: a name out of PATTERNS and the group size G in tokens (0 for `full`)."""
+
+    name: str
+    group_size: int = 0
+
+    def __post_init__(self):
+        if self.name not in PATTERNS:
+            raise UserError(f"attention pattern {self.name!r} is unknown: use one of {', '.join(PATTERNS)}")
+        if self.name != "full" and self.group_size < 2:
+            raise UserError(
+                f"attention pattern {self.name!r} got group_size={self.group_size}: give a group of 2 tokens or more"
+            )
+
+    def __str__(self):
+        return self.name if self.name == "full" else f"{self.name}(G={self.group_size})"
+
+
+FULL = Pattern("full")
+
+
+def plain_heads(num_heads: int) -> int:
+    """How many of the first query heads stay unshifted: heads h < N / 2, so the middle head of an odd N too."""
+    return (num_heads + 1) // 2
+
+
+def allowed(pattern: Pattern, head, i, j, *, num_heads: int, seq_len: int, segment_ids=None):
+    """Whether query position i of a head may see key position j.
+
+    head, i, j: integers or integer arrays that broadcast; num_heads N and seq_len T are those of the model and
+    the row; segment_ids: [T] or None. Returns booleans of the broadcast shape. arXiv:2309.12307, sections 3.2
+    and B; differs from its Algorithm 1 in that `s2` wraps nothing round (`s2_wrap` does).
+    """
+    head, i, j = np.broadcast_arrays(head, i, j)
+    g, t = pattern.group_size, seq_len
+    causal = j <= i
+    match pattern.name:
+        case "full":
+            seen = causal
+        case "short":
+            seen = causal & (i // g == j // g)
+        case "s2" | "s2_wrap" | "s2_swap":
+            half = g // 2  # of an odd group too: (i + G/2) // G is the same whole number
+            if pattern.name == "s2":
+                shifted = causal & ((i + half) // g == (j + half) // g)
+            elif pattern.name == "s2_swap":
+                shifted = causal & ((i + half) % t // g == (j + half) % t // g)
+            else:
+                rolled_i, rolled_j = (i - half) % t, (j - half) % t
+                shifted = (rolled_j <= rolled_i) & (rolled_i // g == rolled_j // g)
+            seen = np.where(head < plain_heads(num_heads), causal & (i // g == j // g), shifted)
+        case "dilated":  # a window of G keys, every one for the first half of the heads, every second for the rest
+            step = np.where(head < plain_heads(num_heads), 1, 2)
+            seen = causal & ((i - j) % step == 0) & ((i - j) // step < g)
+        case "block_sparse":  # four kinds of heads: the own block, the one before, two before, three before
+            back = np.minimum(head * 4 // num_heads, i // g)
+            seen = causal & (i // g - j // g == back)
+        case "stride_sparse":  # the last G tokens, and every G-th before them
+            seen = causal & ((i - j < g) | ((i - j) % g == 0))
+    if segment_ids is not None:
+        segment_ids = np.asarray(segment_ids)
+        seen = seen & (segment_ids[i] == segment_ids[j])
+    return seen

@@ -1,0 +1,350 @@
+"""Rotary position embeddings: frequencies, scalings, their form in config.json, apply_rope.
+
+Frequencies are those of transformers 5 (modeling_rope_utils.py), in NumPy. jax is imported where
+arrays are rotated and not above: hf.py reads a config.json in workers that never load jax.
+"""
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from longlora_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
+
+ROPE_TYPES = ("linear", "dynamic", "ntk", "yarn", "llama3", "longrope")
+# What a model keeps when it is extended again by the same kind: not what fitted the old factor.
+_KEPT = {
+    "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class RopeScaling:
+    """How the rotary frequencies of a longer window follow from those of the pretrained one.
+
+    rope_type: linear (arXiv:2306.15595), dynamic or ntk (NTK-aware theta, by the length of the
+    forward pass or once and for all), yarn (arXiv:2309.00071), llama3 or longrope
+    (arXiv:2402.13753). factor: how many times longer. original_max_position_embeddings: the
+    window in tokens before any scaling. None means: not given, transformers' default holds.
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+    def validate(self) -> None:
+        """Raises UserError if the kind is unknown, or a field of it is missing or impossible."""
+        kind, low, high = self.rope_type, self.low_freq_factor, self.high_freq_factor
+        if kind not in ROPE_TYPES:
+            known = f"{', '.join(ROPE_TYPES)} (or default, in config.json: no scaling)"
+            raise UserError(f"rope_type={kind!r} is not known: use one of {known}")
+        for name, value in dataclasses.asdict(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if name != "rope_type" and not all(n is None or _is_finite(n) for n in numbers):
+                raise UserError(f"rope {name}={value!r} is not a finite number: give one")
+            if name in ("factor", "original_max_position_embeddings") and value < 1:
+                raise UserError(f"rope {name}={value} is too small: it must be 1 or more")
+        if kind == "llama3" and (low is None or high is None or high <= low):
+            raise UserError(
+                f"rope_type='llama3' needs low_freq_factor and, above it, high_freq_factor, "
+                f"not {low} and {high}: Llama 3.1 has 1.0 and 4.0"
+            )
+        if kind == "longrope" and (self.short_factor is None or self.long_factor is None):
+            raise UserError(
+                "rope_type='longrope' needs short_factor and long_factor, a number for every pair "
+                "of a head: they come from a search, so take them from a model that has them"
+            )
+
+
+def rope_frequencies(
+    *,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    seq_len: int,
+    max_position_embeddings: int | None = None,
+) -> tuple[np.ndarray, float]:
+    """The rotary frequencies for a forward pass of seq_len tokens, as transformers computes them.
+
+    Returns inv_freq [H/2] f32, in radians a token, and the factor on cos and sin. Only `dynamic`
+    and `longrope` depend on seq_len, none on max_position_embeddings: a scaling knows its original
+    window. Raises UserError if the scaling does not fit head_dim.
+    """
+    if head_dim < 4 or head_dim % 2 or not theta > 1:
+        raise UserError(f"rope needs an even {head_dim=} of 4 or more and {theta=} above 1")
+    if scaling is None:
+        return 1 / _powers(theta, head_dim), 1.0
+    scaling.validate()
+    kind, factor = scaling.rope_type, scaling.factor
+    original = scaling.original_max_position_embeddings
+    if kind == "linear":
+        return 1 / _powers(theta, head_dim) / np.float32(factor), 1.0
+    if kind == "ntk":
+        return 1 / _powers(_raised_theta(theta, factor, head_dim), head_dim), 1.0
+    if kind == "dynamic":
+        stretch = factor * max(seq_len, original) / original - (factor - 1)
+        return 1 / _powers(_raised_theta(theta, stretch, head_dim), head_dim), 1.0
+    if kind == "llama3":
+        return _llama3_frequencies(head_dim, theta, scaling), 1.0
+    if kind == "yarn":
+        return _yarn_frequencies(head_dim, theta, scaling), _attention_factor(scaling)
+    divisors = scaling.long_factor if seq_len > original else scaling.short_factor
+    if len(divisors) != head_dim // 2:
+        raise UserError(f"longrope has {len(divisors)} factors: head_dim={head_dim} needs half")
+    inv_freq = 1 / (np.asarray(divisors, np.float32) * _powers(theta, head_dim))
+    return inv_freq, _attention_factor(scaling)
+
+
+def rope_tables(
+    positions: "jax.Array", inv_freq: np.ndarray, attention_factor: float
+) -> tuple["jax.Array", "jax.Array"]:
+    """cos and sin [B, T, H/2] f32 of positions [B, T] int32; inv_freq: [H/2] f32."""
+    import jax.numpy as jnp
+
+    # bf16 has 8 bits of mantissa: position 257 would round to 256, so angles stay f32.
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)[None, None, :]
+    return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
+
+
+def apply_rope(x: "jax.Array", cos: "jax.Array", sin: "jax.Array") -> "jax.Array":
+    """Rotates the pairs (i, i + H/2) of each head, the layout of Hugging Face checkpoints.
+
+    x: [B, T, N, H]; cos, sin: [B, T, H/2] f32. Returns [B, T, N, H] in x's dtype, computed in f32.
+    """
+    import jax.numpy as jnp
+
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def extend_rope(
+    *,
+    scaling: RopeScaling | None,
+    max_position_embeddings: int,
+    seq_len: int,
+    rope_type: str,
+    factor: float | None = None,
+    **fields: Any,
+) -> RopeScaling | None:
+    """The scaling that carries a model to seq_len tokens, always from its original window.
+
+    scaling and max_position_embeddings: the model's as it is. factor: ceil(seq_len / original)
+    unless given; without it, a model whose window already holds seq_len keeps what it has (None if
+    it was never scaled). fields: more fields of RopeScaling; a model of the same kind keeps its
+    own, llama3 starts from Meta's. Raises UserError. arXiv:2309.12307; its code divides by the
+    window that is already scaled: 4096 x8 extended to 65,536 gives 2 there and 16 here.
+    """
+    original = window = max_position_embeddings
+    if scaling is not None:
+        original = scaling.original_max_position_embeddings
+        window = max(window, int(original * scaling.factor))
+    if factor is None and seq_len <= window:
+        return scaling
+    if scaling is not None and scaling.rope_type == rope_type:
+        fields = {name: getattr(scaling, name) for name in _KEPT.get(rope_type, ())} | fields
+    elif rope_type == "llama3":
+        fields = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | fields
+    extended = RopeScaling(
+        rope_type=rope_type,
+        factor=float(math.ceil(seq_len / original)) if factor is None else factor,
+        original_max_position_embeddings=original,
+        **fields,
+    )
+    extended.validate()
+    return extended
+
+
+def rope_from_hf(config_json: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Reads theta and the scaling from the content of a Hugging Face config.json.
+
+    Reads `rope_scaling` with a top-level `rope_theta` (transformers 4) and `rope_parameters`
+    (transformers 5); where both stand, the first wins, as in transformers. Raises UserError.
+    """
+    given = config_json.get("rope_scaling") or config_json.get("rope_parameters") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise UserError(f"config.json: rope {given!r} must be one flat object with a rope_type")
+    given = {name: value for name, value in given.items() if value is not None}
+    theta = given.get("rope_theta", config_json.get("rope_theta", 10_000.0))
+    partial = given.get("partial_rotary_factor", config_json.get("partial_rotary_factor"))
+    if not _is_finite(theta) or partial not in (None, 1):
+        raise UserError(
+            f"config.json: rope_theta={theta!r}, partial_rotary_factor={partial!r}: a LLaMA needs "
+            "a number such as 10000.0 and a factor of 1"
+        )
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return _ntk_from_hf(config_json, float(theta))
+    named = config_json.get("original_max_position_embeddings")
+    named = named or given.get("original_max_position_embeddings")
+    if "factor" not in given and kind in ("yarn", "longrope") and named:
+        given["factor"] = max(_stated_window(config_json) / named, 1.0)
+    if kind in ROPE_TYPES and not _is_finite(given.get("factor")):
+        raise UserError(f"config.json: rope_type={kind!r} needs factor, a number such as 8.0")
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in given.items()
+        if name in RopeScaling.__annotations__
+    }
+    fields |= {"rope_type": kind, "factor": float(given.get("factor", 1))}
+    original = _original_window(kind, _stated_window(config_json), named, fields["factor"])
+    scaling = RopeScaling(**fields | {"original_max_position_embeddings": original})
+    scaling.validate()
+    return float(theta), scaling
+
+
+def window_from_hf(config_json: dict[str, Any]) -> int:
+    """The window in tokens of the model as it is now, from the content of a config.json.
+
+    This is max_position_embeddings, except in a config that keeps the original window there and
+    tells the longer one by its factor alone (all of `dynamic`, and many older `linear` ones).
+    """
+    _, scaling = rope_from_hf(config_json)
+    window = _stated_window(config_json)
+    if scaling is not None and scaling.original_max_position_embeddings == window:
+        window = int(window * scaling.factor)
+    return config_json.get("longlora_window", window)
+
+
+def rope_to_hf(
+    theta: float, scaling: RopeScaling | None, head_dim: int, max_position_embeddings: int
+) -> dict[str, Any]:
+    """The top-level keys of a config.json from which transformers makes the same frequencies.
+
+    max_position_embeddings: the window of the model as it is now. Both forms are written: of
+    transformers 4 (`rope_scaling`, `rope_theta`) and 5 (`rope_parameters`). transformers has no
+    `ntk`: it leaves as a plain rope with a raised theta, `longlora_ntk` keeps what it was. Its
+    `dynamic` counts from max_position_embeddings, which therefore is the original window there,
+    and `longlora_window` the present one.
+    """
+    keys: dict[str, Any] = {"max_position_embeddings": max_position_embeddings}
+    given: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        scaling.validate()
+        original = scaling.original_max_position_embeddings
+        keys["original_max_position_embeddings"] = original
+        given = {n: v for n, v in dataclasses.asdict(scaling).items() if v is not None}
+        if scaling.rope_type == "ntk":
+            keys["longlora_ntk"] = given | {"rope_theta": theta}
+            given = {"rope_type": "default"}
+            theta = _raised_theta(theta, scaling.factor, head_dim)
+        elif scaling.rope_type == "dynamic":
+            keys["longlora_window"] = max_position_embeddings
+            keys["max_position_embeddings"] = original
+    old_form = None if given["rope_type"] == "default" else dict(given)
+    if given["rope_type"] in ("linear", "dynamic"):
+        # transformers 5 warns of more fields in these kinds; 4.31 to 4.42 fail unless there are
+        # exactly `type` and `factor`, which later ones read as well.
+        given = {name: given[name] for name in ("rope_type", "factor")}
+        old_form = {"type": given["rope_type"], "factor": given["factor"]}
+    new_form = given | {"rope_theta": theta}
+    return keys | {"rope_theta": theta, "rope_scaling": old_form, "rope_parameters": new_form}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _stated_window(config_json: dict[str, Any]) -> int:
+    return config_json.get("max_position_embeddings", 2048)  # LlamaConfig's default
+
+
+def _powers(theta: float, head_dim: int) -> np.ndarray:
+    """theta ** (2i / H) for i in 0 .. H/2 - 1, [H/2] f32."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # f32 in and out but f64 inside: this rounds as torch does, NumPy's own f32 power does not.
+    return (np.float64(np.float32(theta)) ** exponents.astype(np.float64)).astype(np.float32)
+
+
+def _raised_theta(theta: float, factor: float, head_dim: int) -> float:
+    """NTK-aware theta: the slowest pair turns `factor` times slower, the fastest as before."""
+    return theta * factor ** (head_dim / (head_dim - 2))
+
+
+def _yarn_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Fast pairs as they are, slow pairs divided by the factor, a ramp between (YaRN, eq. 23)."""
+
+    def pair_with_turns(turns: float) -> float:
+        window = scaling.original_max_position_embeddings
+        return head_dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = pair_with_turns(scaling.beta_fast or 32)
+    high = pair_with_turns(scaling.beta_slow or 1)
+    if scaling.truncate is None or scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    pairs = np.arange(head_dim // 2, dtype=np.float32)
+    slow = np.clip((pairs - np.float32(low)) / np.float32(high - low or 0.001), 0, 1)
+    powers = _powers(theta, head_dim)
+    return slow / (np.float32(scaling.factor) * powers) + (1 - slow) / powers
+
+
+def _llama3_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """By the number of turns in the original window: many as is, few divided, a ramp between."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    inv_freq = 1 / _powers(theta, head_dim)
+    turns = scaling.original_max_position_embeddings / (np.float32(2 * math.pi) / inv_freq)
+    fast = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
+    return (1 - fast) * inv_freq / np.float32(scaling.factor) + fast * inv_freq
+
+
+def _attention_factor(scaling: RopeScaling) -> float:
+    """The factor on cos and sin of yarn and longrope: as given, or from the scaling factor."""
+    if scaling.attention_factor is not None:
+        return float(scaling.attention_factor)
+    growth = math.log(scaling.factor)
+    if scaling.rope_type == "longrope":
+        return math.sqrt(1 + growth / math.log(scaling.original_max_position_embeddings))
+    if scaling.mscale and scaling.mscale_all_dim:
+        return (0.1 * scaling.mscale * growth + 1) / (0.1 * scaling.mscale_all_dim * growth + 1)
+    return 0.1 * growth + 1
+
+
+def _original_window(rope_type: str, window: int, named: int | None, factor: float) -> int:
+    """The window before scaling, from max_position_embeddings and the name it may have."""
+    if rope_type == "dynamic":
+        return window  # transformers counts from max_position_embeddings, whatever else is named
+    if named or rope_type not in ("linear", "ntk"):
+        return named or window  # so does transformers
+    # Both habits are in the wild: transformers 4.31 asked to leave max_position_embeddings as it
+    # was (vicuna-7b-v1.5-16k: 4096, factor 4), 4.43 to raise it (LLaMA-2-7B-32K: 32768, factor 8).
+    # No LLaMA was pretrained at less than 2048, so below that the quotient is no window.
+    unscaled = window / factor
+    original = int(unscaled) if unscaled >= 2048 and unscaled == int(unscaled) else window
+    _log.warning(
+        f"config.json does not name the window before {rope_type} x{factor:g}: taken as {original} "
+        "tokens; if this is wrong, add original_max_position_embeddings to it"
+    )
+    return original
+
+
+def _ntk_from_hf(config_json: dict[str, Any], theta: float) -> tuple[float, RopeScaling | None]:
+    """Finds again the ntk scaling that rope_to_hf wrote as a raised theta."""
+    ntk = config_json.get("longlora_ntk")
+    if ntk is None:
+        return theta, None
+    heads = config_json["hidden_size"] // config_json["num_attention_heads"]
+    head_dim = config_json.get("head_dim") or heads
+    if not math.isclose(theta, _raised_theta(ntk["rope_theta"], ntk["factor"], head_dim)):
+        raise UserError(f"config.json: longlora_ntk={ntk} does not give rope_{theta=}: delete it")
+    fields = {name: value for name, value in ntk.items() if name != "rope_theta"}
+    return ntk["rope_theta"], RopeScaling(**fields)

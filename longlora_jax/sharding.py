@@ -1,0 +1,72 @@
+"""Where everything lives: the mesh, one table of logical axes, and the shardings that follow from it."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longlora_jax.config import MeshConfig
+from longlora_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a weight -> mesh axis. Axes that are not named here stay whole on every device.
+RULES = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
+    """A mesh with axes data, fsdp, tensor over all devices (or those given); one axis may be -1, the rest.
+
+    Raises UserError if the sizes do not multiply to the number of devices.
+    """
+    config = config or MeshConfig()
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes or int(np.prod(sizes)) != len(devices):
+        shape = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
+        raise UserError(
+            f"{shape} does not fit {len(devices)} devices: the sizes must multiply to it, one may be -1 for the rest"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def weight_shardings(mesh: Mesh, logical_axes, shapes):
+    """NamedShardings for a param tree from its logical axes (trees of PartitionSpec and of shapes).
+
+    An axis that its mesh axis does not divide raises UserError; all of them in one message.
+    """
+    faults = []
+
+    def one(path, axes, shape):
+        spec = P(*(RULES.get(axis) for axis in axes))
+        for size, logical, axis in zip(shape.shape, axes, spec, strict=False):
+            if axis and size % mesh.shape[axis]:
+                name = "/".join(key.key for key in path)
+                faults.append(f"{name}: axis {logical} of {size} by mesh.{axis}={mesh.shape[axis]}")
+        return NamedSharding(mesh, spec)
+
+    specs = jax.tree_util.tree_map_with_path(one, logical_axes, shapes, is_leaf=lambda x: isinstance(x, P))
+    if faults:
+        raise UserError(f"the mesh does not divide {'; '.join(faults)}: choose a smaller mesh axis")
+    return specs
+
+
+def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+    """The sharding of a batch [B, ...]: rows over data and fsdp."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        raise UserError(
+            f"{batch_size} rows a step cannot be cut over data x fsdp = {ways} devices: "
+            "make batch_size / accumulation a multiple, or use fewer devices (mesh.data, mesh.fsdp)"
+        )
+    return NamedSharding(mesh, BATCH)

@@ -1,0 +1,112 @@
+"""One training step and one evaluation step: pure functions of state and batch, no files, no printing."""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from longlora_jax.losses import cross_entropy
+from longlora_jax.model import Llama, output_kernel
+from longlora_jax.trainable import combine
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """What a step changes: the trainable partition (float32), its optimizer state and the step count.
+
+    model, optimizer, accumulation and loss_chunk are static: another value is another compiled step.
+    """
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+    dropout_key: jax.Array
+    model: Llama = flax.struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    accumulation: int = flax.struct.field(pytree_node=False, default=1)
+    loss_chunk: int = flax.struct.field(pytree_node=False, default=1024)
+
+    @classmethod
+    def create(cls, *, model, optimizer, trainable, seed: int = 0, **static) -> "TrainState":
+        """A state at step 0 with a fresh optimizer."""
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            trainable=trainable,
+            opt_state=optimizer.init(trainable),
+            dropout_key=jax.random.PRNGKey(seed),
+            model=model,
+            optimizer=optimizer,
+            **static,
+        )
+
+
+def loss_sums(params, batch, *, model: Llama, loss_chunk: int, dropout_key=None):
+    """(sum of nll, number of scored tokens) of a batch of {tokens, positions, loss_mask: [B, T]}.
+
+    loss_mask[t] scores token t as a target, predicted from the tokens before it. A token whose predecessor is
+    of another segment is never scored; without segment_ids a row is one segment, and nothing is masked.
+    """
+    tokens, segments = batch["tokens"], batch.get("segment_ids")
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    hidden = model.apply(
+        {"params": params}, tokens, batch["positions"], segments, method="hidden", rngs=rngs
+    )
+    targets = jnp.roll(tokens, -1, axis=1)
+    weights = jnp.roll(batch["loss_mask"], -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
+    if segments is not None:
+        weights *= segments == jnp.roll(segments, -1, axis=1)
+    return cross_entropy(hidden, output_kernel(params), targets, weights, chunk=loss_chunk)
+
+
+def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the trainable partition.
+
+    frozen: the other partition, never differentiated; batch: leaves [B, T], cut into state.accumulation parts
+    whose gradients are summed and divided by the tokens of the whole batch, so every token weighs the same.
+    Returns the new state and {loss, grad_norm, tokens}, float32 scalars.
+    """
+
+    def sums(trainable, part, key):
+        params = combine(trainable, frozen)
+        total, tokens = loss_sums(params, part, model=state.model, loss_chunk=state.loss_chunk, dropout_key=key)
+        return total, tokens
+
+    def accumulate(carry, part_and_key):
+        (total, tokens), grads = jax.value_and_grad(sums, has_aux=True)(state.trainable, *part_and_key)
+        return jax.tree.map(jnp.add, carry, (total, tokens, grads)), None
+
+    key = jax.random.fold_in(state.dropout_key, state.step)
+    if state.accumulation == 1:
+        (total, tokens), grads = jax.value_and_grad(sums, has_aux=True)(state.trainable, batch, key)
+    else:
+        parts = jax.tree.map(lambda x: x.reshape(state.accumulation, -1, *x.shape[1:]), batch)
+        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+        keys = jax.random.split(key, state.accumulation)
+        (total, tokens, grads), _ = jax.lax.scan(accumulate, zeros, (parts, keys))
+    scored = jnp.maximum(tokens, 1)
+    grads = jax.tree.map(lambda g: g / scored, grads)
+    updates, opt_state = state.optimizer.update(grads, state.opt_state, state.trainable)
+    metrics = {"loss": total / scored, "grad_norm": optax.global_norm(grads), "tokens": tokens}
+    new = state.replace(
+        step=state.step + 1,
+        trainable=optax.apply_updates(state.trainable, updates),
+        opt_state=opt_state,
+    )
+    return new, metrics
+
+
+def eval_step(params, batch, *, model: Llama, loss_chunk: int = 1024):
+    """(sum of nll, number of scored tokens) of a batch; average over batches by tokens, not by batch."""
+    return loss_sums(params, batch, model=model, loss_chunk=loss_chunk)
+
+
+def jit_train_step(**options):
+    """train_step compiled with the state donated; options go to jax.jit."""
+    return jax.jit(train_step, donate_argnums=0, **options)
+
+
+def jit_eval_step(model: Llama, loss_chunk: int = 1024):
+    """eval_step compiled for one model and pattern."""
+    return jax.jit(functools.partial(eval_step, model=model, loss_chunk=loss_chunk))
