@@ -57,9 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name, function, source, target, summary, **dtype) -> None:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.add_argument(source[0], metavar=source[0].upper(), help=source[1])
-        sub.add_argument(
-            target, metavar=target.upper(), help="folder to create; it must not exist yet"
-        )
+        sub.add_argument(target, metavar=target.upper(), help="folder to create; it must not exist yet")
         if dtype:
             sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], **dtype)
         sub.set_defaults(function=function, target=target)

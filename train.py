@@ -17,7 +17,13 @@ from ml_collections import config_flags
 
 from longlora_jax import checkpoint, hf, metrics, optim, sharding, trainable
 from longlora_jax.config import Config, DataConfig, ModelConfig, validate
-from longlora_jax.data import batches, load_tokenizer, pack_documents, read_documents, tokenize_documents
+from longlora_jax.data import (
+    batches,
+    load_tokenizer,
+    pack_documents,
+    read_documents,
+    tokenize_documents,
+)
 from longlora_jax.errors import UserError
 from longlora_jax.kernels import kernel_name
 from longlora_jax.model import Llama, abstract_params, init_params, logical_axes
@@ -61,7 +67,11 @@ def train(config: Config, workdir: str) -> None:
     began, tokens, logged = time.perf_counter(), 0, start
     for step in range(start, config.steps):
         if step >= full_from and state.model.pattern != FULL:
-            log.info("step %d: the last %g of the steps run under full attention", step, config.attention.full_last)
+            log.info(
+                "step %d: the last %g of the steps run under full attention",
+                step,
+                config.attention.full_last,
+            )
             state = state.replace(model=state.model.clone(pattern=FULL))
         batch = next(data)
         del batch["segment_ids"]  # documents are joined: a window is one segment, nothing to mask
@@ -108,7 +118,8 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     if not config.data.tokenizer:
         config.data = dataclasses.replace(config.data, tokenizer=config.init_from)
     config.eval = dataclasses.replace(
-        config.eval, data=dataclasses.replace(config.eval.data, tokenizer=config.eval.data.tokenizer or config.data.tokenizer)
+        config.eval,
+        data=dataclasses.replace(config.eval.data, tokenizer=config.eval.data.tokenizer or config.data.tokenizer),
     )
     config.model = extend_model(config.model, config)
     if not checkpoint.is_workdir(workdir):
@@ -134,9 +145,18 @@ def _plain(value):
 
 def check_same_shape(given: ModelConfig, base: ModelConfig, path: str) -> None:
     """Raises UserError if the config's model is not the one in the folder; windows and token ids may differ."""
-    free = {"max_position_embeddings", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range"}
+    free = {
+        "max_position_embeddings",
+        "rope_scaling",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+    }
     names = [f.name for f in dataclasses.fields(given) if f.name not in free]
-    if wrong := [f"{n}={getattr(base, n)}, not {getattr(given, n)}" for n in names if getattr(base, n) != getattr(given, n)]:
+    if wrong := [
+        f"{n}={getattr(base, n)}, not {getattr(given, n)}" for n in names if getattr(base, n) != getattr(given, n)
+    ]:
         raise UserError(f"{path} is another model than the config's: it has {'; '.join(wrong)}")
 
 
@@ -176,7 +196,12 @@ def read_windows(data: DataConfig, config: Config):
             "set data.tokenizer to the model's own"
         )
     documents = read_documents(
-        data.source, data.path, hold_out=data.hold_out, only=data.only, text_key=data.text_key, split=data.split
+        data.source,
+        data.path,
+        hold_out=data.hold_out,
+        only=data.only,
+        text_key=data.text_key,
+        split=data.split,
     )
     ids = tokenize_documents(documents, tokenizer, max_tokens=data.max_tokens)
     return pack_documents(ids, config.seq_len, eos_id=tokenizer.eos_id)
@@ -225,13 +250,21 @@ class Evaluation:
         for start in range(0, len(self._windows), self._rows):
             sums = self._step(params, as_batch(self._windows[start : start + self._rows]))
             total, scored = total + float(sums[0]), scored + float(sums[1])
-        return {"eval/loss": total / scored, "eval/perplexity": float(jnp.exp(total / scored)), "eval/tokens": scored}
+        return {
+            "eval/loss": total / scored,
+            "eval/perplexity": float(jnp.exp(total / scored)),
+            "eval/tokens": scored,
+        }
 
 
 def as_batch(tokens):
     """Windows [B, T] as a batch in which every token but the first is scored."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return {"tokens": jnp.asarray(tokens), "positions": positions, "loss_mask": (positions > 0).astype(jnp.int32)}
+    return {
+        "tokens": jnp.asarray(tokens),
+        "positions": positions,
+        "loss_mask": (positions > 0).astype(jnp.int32),
+    }
 
 
 def print_census(config: Config, model: Llama, mesh, state: TrainState, frozen, data) -> None:
@@ -244,8 +277,12 @@ def print_census(config: Config, model: Llama, mesh, state: TrainState, frozen, 
     held = size(frozen) + size(state.trainable) * 2 + size(state.opt_state)
     print(f"model      window {config.model.max_position_embeddings:,}, rope {config.model.rope_scaling or 'unscaled'}")
     print(f"attention  {model.pattern}, kernel {kernel_name()}, dtype {config.dtype}, remat {config.remat}")
-    print(f"step       {tokens:,} tokens, {config.steps:,} steps, {config.steps * tokens / data.tokens_per_epoch:.2f} epochs")
-    print(f"memory     {held / 2**30:.2f} GiB of weights, optimizer and gradients over {mesh.size} device(s) {dict(mesh.shape)}")
+    print(
+        f"step       {tokens:,} tokens, {config.steps:,} steps, {config.steps * tokens / data.tokens_per_epoch:.2f} epochs"
+    )
+    print(
+        f"memory     {held / 2**30:.2f} GiB of weights, optimizer and gradients over {mesh.size} device(s) {dict(mesh.shape)}"
+    )
     sys.stdout.flush()
 
 
@@ -268,7 +305,15 @@ def parse_flags(argv) -> list[str]:
     """absl's parser, with its faults in one line and exit code 2."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, ImportError) as error:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        FileNotFoundError,
+        ImportError,
+    ) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 

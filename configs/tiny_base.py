@@ -3,7 +3,14 @@
 Command:  python train.py --config configs/tiny_base.py --workdir runs/tiny_base
 """
 
-from longlora_jax.config import AttentionConfig, Config, DataConfig, EvalConfig, ModelConfig, OptimConfig
+from longlora_jax.config import (
+    AttentionConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+)
 from longlora_jax.data import HELD_OUT
 
 TOKENIZER = "models/tiny-python-llama"

@@ -71,7 +71,9 @@ def _saved(state) -> dict:
 def fingerprint(path: str) -> str:
     """A digest of a model folder's weights: of every safetensors file its size and 1 MiB at head, middle and tail."""
     digest = hashlib.sha256()
-    files = sorted(p for p in Path(path).rglob("*") if p.is_file() and (p.suffix == ".safetensors" or "params" in p.parts))
+    files = sorted(
+        p for p in Path(path).rglob("*") if p.is_file() and (p.suffix == ".safetensors" or "params" in p.parts)
+    )
     for file in files:
         size, window = file.stat().st_size, 1 << 20
         digest.update(f"{file.relative_to(path)}:{size}".encode())
@@ -138,7 +140,9 @@ def is_workdir(path: str) -> bool:
 def load_model(path: str) -> LoadedModel:
     """Loads a Hugging Face folder, a converted checkpoint or the newest checkpoint of a workdir, as numpy arrays."""
     if not Path(path).is_dir():
-        raise UserError(f"there is no model folder {path}: give a Hugging Face folder, a converted checkpoint or a workdir")
+        raise UserError(
+            f"there is no model folder {path}: give a Hugging Face folder, a converted checkpoint or a workdir"
+        )
     if is_workdir(path):
         return _load_workdir(path)
     if not (Path(path) / "params").is_dir():
@@ -168,7 +172,10 @@ def _load_workdir(path: str) -> LoadedModel:
         metadata = checkpointer.metadata(state_dir).item_metadata.tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=None), {"trainable": metadata["trainable"]})
         trainable = checkpointer.restore(
-            state_dir, item={"trainable": metadata["trainable"]}, restore_args=restore_args, transforms={}
+            state_dir,
+            item={"trainable": metadata["trainable"]},
+            restore_args=restore_args,
+            transforms={},
         )["trainable"]
     tokenizer_dir = config.data.tokenizer or config.init_from
     lora = config.lora if config.mode != "full" else None

@@ -90,7 +90,9 @@ class DataConfig:
     """Where documents come from and how they become windows (see longlora_jax.data)."""
 
     source: str = "text"  # text | python | hf
-    path: str = ""  # text: a file, folder or glob; python: a folder, "" the running interpreter's library; hf: name or folder
+    path: str = (
+        ""  # text: a file, folder or glob; python: a folder, "" the running interpreter's library; hf: name or folder
+    )
     split: str = "train"  # hf only
     text_key: str = "text"  # hf only
     tokenizer: str = ""  # a folder with tokenizer files; "": that of init_from
@@ -171,7 +173,16 @@ CHOICES = {
     "data.source": ("text", "python", "hf"),
     "rope.type": (*ROPE_TYPES, "keep"),
 }
-POSITIVE = ("seq_len", "steps", "batch_size", "accumulation", "loss_chunk", "log_every", "save_every", "keep_checkpoints")
+POSITIVE = (
+    "seq_len",
+    "steps",
+    "batch_size",
+    "accumulation",
+    "loss_chunk",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+)
 
 
 def validate(config: Config) -> None:

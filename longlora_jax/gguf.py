@@ -198,9 +198,7 @@ def _rope_scaling(
         return _from_divisors(divisors[_FREQ_DIVISORS].ravel(), theta, head_dim, window)
     if kind == "none":
         return None
-    odd = [
-        n for n, usual in (("yarn_ext_factor", 1), ("yarn_attn_factor", 1)) if key(n, 1) != usual
-    ]
+    odd = [n for n, usual in (("yarn_ext_factor", 1), ("yarn_attn_factor", 1)) if key(n, 1) != usual]
     if key("yarn_log_multiplier", 0):
         odd.append("yarn_log_multiplier")
     odd += [_FREQ_DIVISORS] if _FREQ_DIVISORS in divisors else []
@@ -236,9 +234,7 @@ def _rope_scaling(
     )
 
 
-def _from_divisors(
-    divisors: np.ndarray, theta: float, head_dim: int, window: int
-) -> RopeScaling | None:
+def _from_divisors(divisors: np.ndarray, theta: float, head_dim: int, window: int) -> RopeScaling | None:
     """Finds the scaling behind `rope_freqs.weight`, [H/2]: frequency i is divided by number i.
 
     That is llama3 scaling if the published settings give these divisors. Whatever else they are,

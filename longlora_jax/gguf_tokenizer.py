@@ -46,8 +46,7 @@ def tokenizer_files(path: str, read: Callable[..., Any], config: ModelConfig) ->
         raise UserError(f"{path}: tokenizer.ggml.model is {kind!r}, it must be gpt2 or llama")
     if not 0 < len(tokens) <= config.vocab_size or len(types) != len(tokens):
         raise UserError(
-            f"{path}: {len(tokens)} tokens with {len(types)} types do not fit an embedding "
-            f"of {config.vocab_size} rows"
+            f"{path}: {len(tokens)} tokens with {len(types)} types do not fit an embedding of {config.vocab_size} rows"
         )
     scores: list[float] = read("tokenizer.ggml.scores") or []
     if kind == "llama" and len(scores) != len(tokens):
@@ -97,9 +96,7 @@ def tokenizer_files(path: str, read: Callable[..., Any], config: ModelConfig) ->
     }
 
 
-def _added(
-    tokens: list[str], types: list[int], wanted: tuple[int, ...], special: bool
-) -> list[AddedToken]:
+def _added(tokens: list[str], types: list[int], wanted: tuple[int, ...], special: bool) -> list[AddedToken]:
     return [
         AddedToken(token, special=special, normalized=False)
         for token, kind in zip(tokens, types, strict=True)
@@ -119,18 +116,14 @@ def _byte_level(vocab: dict[str, int], merges: list[str], cut: str) -> Tokenizer
     return tokenizer
 
 
-def _sentencepiece(
-    vocab: dict[str, int], unknown: str | None, scores: list[float], prefix: bool
-) -> Tokenizer:
+def _sentencepiece(vocab: dict[str, int], unknown: str | None, scores: list[float], prefix: bool) -> Tokenizer:
     """SentencePiece merges the pair whose result scores highest, so scores give the merges."""
     merges = []
     for token, i in vocab.items():
         cuts = ((token[:k], token[k:]) for k in range(1, len(token)))
         merges += [(-scores[i], i, pair) for pair in cuts if pair[0] in vocab and pair[1] in vocab]
     pairs = [pair for _, _, pair in sorted(merges)]
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     space = "\u2581"
     spell = [normalizers.Prepend(space)] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*spell, normalizers.Replace(" ", space)])

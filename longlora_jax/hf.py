@@ -110,9 +110,7 @@ def weight_rules(config: ModelConfig) -> list[Rule]:
     ]
 
 
-def shape_faults(
-    rules: list[Rule], layers: int, found: Mapping[str, tuple[int, ...]]
-) -> Iterator[str]:
+def shape_faults(rules: list[Rule], layers: int, found: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     """Compares the tensors of a file, {Hugging Face name: shape}, with the ones that are needed."""
     needed = {name: rule.hf_shape for rule in rules for name in rule.names(layers)}
     for name, shape in needed.items():

@@ -91,14 +91,10 @@ def _is_size(value: Any) -> bool:
 
 def _config_faults(kind: str, raw: Mapping[str, Any]) -> list[str]:
     faults = [
-        f"{key} is {raw.get(key)!r}, it must be a whole number above 0"
-        for key in _SIZES
-        if not _is_size(raw.get(key))
+        f"{key} is {raw.get(key)!r}, it must be a whole number above 0" for key in _SIZES if not _is_size(raw.get(key))
     ]
     faults += [
-        f"{key} is {raw[key]!r}, it must be true or false"
-        for key in _SWITCHES
-        if not isinstance(raw[key], bool)
+        f"{key} is {raw[key]!r}, it must be true or false" for key in _SWITCHES if not isinstance(raw[key], bool)
     ]
     faults += [
         f"{key} is {raw[key]!r}, it must be a number above 0"
@@ -144,9 +140,7 @@ def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_cache": True,
         **{key: getattr(config, key) for key in same},
-        **rope_to_hf(
-            config.rope_theta, config.rope_scaling, config.head_dim, config.max_position_embeddings
-        ),
+        **rope_to_hf(config.rope_theta, config.rope_scaling, config.head_dim, config.max_position_embeddings),
         "dtype": dtype,
         "torch_dtype": dtype,
     }

@@ -84,12 +84,19 @@ def _forward(q, k, v, segment_ids):
             weights = jnp.exp(scores - new_top[..., None])
             decay = jnp.exp(top - new_top)
             acc = acc * decay[..., None] + jnp.einsum(
-                "zkqs,zksh->zkqh", weights.astype(v.dtype), _at(v, j), preferred_element_type=jnp.float32
+                "zkqs,zksh->zkqh",
+                weights.astype(v.dtype),
+                _at(v, j),
+                preferred_element_type=jnp.float32,
             )
             return acc, new_top, total * decay + weights.sum(-1)
 
         rows = q_i.shape[:-1]
-        start = (jnp.zeros(q_i.shape, jnp.float32), jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32))
+        start = (
+            jnp.zeros(q_i.shape, jnp.float32),
+            jnp.full(rows, MASKED, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+        )
         acc, top, total = key_block(i, jax.lax.fori_loop(0, i, key_block, start), diagonal=True)
         return (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
 

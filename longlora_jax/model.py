@@ -67,11 +67,13 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        inputs, in_axes, out_axes = x.shape[-self.input_axes :], self.axes[: self.input_axes], self.axes[self.input_axes :]
-        normal = nn.initializers.normal(self.stddev)
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(normal, self.axes), (*inputs, *self.features)
+        inputs, in_axes, out_axes = (
+            x.shape[-self.input_axes :],
+            self.axes[: self.input_axes],
+            self.axes[self.input_axes :],
         )
+        normal = nn.initializers.normal(self.stddev)
+        kernel = self.param("kernel", nn.with_logical_partitioning(normal, self.axes), (*inputs, *self.features))
         y = project(x, kernel, self.input_axes)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, out_axes)
@@ -104,9 +106,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cos, sin, segment_ids):
         c = self.config
-        linear = functools.partial(
-            Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.attention_bias
-        )
+        linear = functools.partial(Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.attention_bias)
         heads, kv_heads = (c.num_attention_heads, c.head_dim), (c.num_key_value_heads, c.head_dim)
         with jax.named_scope("qkv"):
             q = linear(heads, ("embed", "heads", "head_dim"), name="q_proj")(x)

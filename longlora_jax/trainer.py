@@ -50,9 +50,7 @@ def loss_sums(params, batch, *, model: Llama, loss_chunk: int, dropout_key=None)
     """
     tokens, segments = batch["tokens"], batch.get("segment_ids")
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    hidden = model.apply(
-        {"params": params}, tokens, batch["positions"], segments, method="hidden", rngs=rngs
-    )
+    hidden = model.apply({"params": params}, tokens, batch["positions"], segments, method="hidden", rngs=rngs)
     targets = jnp.roll(tokens, -1, axis=1)
     weights = jnp.roll(batch["loss_mask"], -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
     if segments is not None:

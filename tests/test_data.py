@@ -34,9 +34,7 @@ def names(*args, **kwargs) -> list[str]:
 
 
 def command(*args: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *args], cwd=REPO, env=os.environ | env, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *args], cwd=REPO, env=os.environ | env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -278,9 +278,7 @@ def test_llama3_scaling_is_recognised_from_its_divisors(factor, tmp_path):
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    settings = transformers.LlamaConfig(
-        hidden_size=D, num_attention_heads=N, max_position_embeddings=131072
-    )
+    settings = transformers.LlamaConfig(hidden_size=D, num_attention_heads=N, max_position_embeddings=131072)
     settings.rope_parameters = parameters
     init = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"]
     scaled = init(settings, "cpu")[0].numpy()
@@ -347,9 +345,7 @@ def byte_level_vocab():
     learned = tokenizers.Tokenizer(tokenizers.models.BPE())
     learned.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=330, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     learned.train_from_iterator([TEXT] * 3, trainer)
     model = json.loads(learned.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].get)
@@ -359,9 +355,7 @@ def byte_level_vocab():
 def tokenizer_of(tmp_path, **tokenizer):
     """(ours, the folder of the GGUF file) for a file with these tokenizer.ggml keys."""
     size = (len(tokenizer["tokens"]), D)
-    tensors = random_tensors() | {
-        name: np.zeros(size, np.float32) for name in ("token_embd.weight", "output.weight")
-    }
+    tensors = random_tensors() | {name: np.zeros(size, np.float32) for name in ("token_embd.weight", "output.weight")}
     _, _, files = load_gguf(write_gguf(tmp_path / "t.gguf", tensors, tokenizer=tokenizer))
     return tokenizers.Tokenizer.from_str(files["tokenizer.json"]), files
 
@@ -472,14 +466,10 @@ def test_faulty_files_are_refused_in_one_line(tmp_path):
     assert "is 'qwen2'" in refused(tmp_path, keys={"general.architecture": "qwen2"})
     assert "mixture of experts" in refused(tmp_path, keys={"llama.expert_count": 8})
     assert "slides" in refused(tmp_path, keys={"llama.attention.sliding_window": 64})
-    assert "rope.dimension_count is 32" in refused(
-        tmp_path, keys={"llama.rope.dimension_count": 32}
-    )
+    assert "rope.dimension_count is 32" in refused(tmp_path, keys={"llama.rope.dimension_count": 32})
     text = refused(tmp_path, keys={"llama.block_count": None, "llama.context_length": None})
     assert "llama.block_count is None" in text and "llama.context_length is None" in text
-    assert "head_count_kv is [2, 1]" in refused(
-        tmp_path, keys={"llama.attention.head_count_kv": [2, 1]}
-    )
+    assert "head_count_kv is [2, 1]" in refused(tmp_path, keys={"llama.attention.head_count_kv": [2, 1]})
 
 
 def test_files_that_are_cut_off_are_refused(tmp_path):

@@ -111,9 +111,7 @@ def test_round_trip_is_bit_exact_and_transformers_reloads_it(name, tmp_path):
     save_hf(str(tmp_path / "target"), config, params)
     assert read_raw(tmp_path / "target") == read_raw(source)
 
-    reloaded, report = transformers.LlamaForCausalLM.from_pretrained(
-        tmp_path / "target", output_loading_info=True
-    )
+    reloaded, report = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "target", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     # Loaded again, since model.to(dtype) also rounds the frequencies.
     model = transformers.LlamaForCausalLM.from_pretrained(source)
@@ -164,9 +162,7 @@ def test_sharded_folders_in_and_out(tmp_path):
     save_hf(str(target), config, params, max_shard_bytes=9000)
     assert read_raw(target) == read_raw(source)
     shards = [file for file in target.iterdir() if file.suffix == ".safetensors"]
-    assert {file.stat().st_mode for file in target.iterdir()} == {
-        (target / "config.json").stat().st_mode
-    }
+    assert {file.stat().st_mode for file in target.iterdir()} == {(target / "config.json").stat().st_mode}
     # The header of a file comes on top of the tensors' bytes.
     assert len(shards) > 3 and max(file.stat().st_size for file in shards) < 9000 + 2000
     reloaded = transformers.LlamaForCausalLM.from_pretrained(target)
@@ -181,15 +177,11 @@ def test_casts_round_as_torch_does(dtype, tmp_path):
     config, params = load_hf(save_tiny(tmp_path / "source", model))
     save_hf(str(tmp_path / "target"), config, params, dtype=dtype)
     reloaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "target")
-    for one, other in zip(
-        model.to(reloaded.dtype).parameters(), reloaded.parameters(), strict=True
-    ):
+    for one, other in zip(model.to(reloaded.dtype).parameters(), reloaded.parameters(), strict=True):
         assert one.dtype == getattr(torch, dtype) and torch.equal(one, other)
     _, cast = load_hf(str(tmp_path / "source"), dtype=dtype)
     assert cast["norm"]["scale"].dtype.name == dtype
-    np.testing.assert_array_equal(
-        cast["norm"]["scale"], params["norm"]["scale"].astype(cast["norm"]["scale"].dtype)
-    )
+    np.testing.assert_array_equal(cast["norm"]["scale"], params["norm"]["scale"].astype(cast["norm"]["scale"].dtype))
 
 
 def test_mixed_dtypes_lose_nothing(tmp_path):
@@ -213,9 +205,7 @@ SCALINGS = [
     RopeScaling(rope_type="linear", factor=8.0, original_max_position_embeddings=4096),
     RopeScaling(rope_type="dynamic", factor=8.0, original_max_position_embeddings=4096),
     RopeScaling(rope_type="ntk", factor=8.0, original_max_position_embeddings=4096),
-    RopeScaling(
-        rope_type="yarn", factor=8.0, original_max_position_embeddings=4096, beta_fast=16.0
-    ),
+    RopeScaling(rope_type="yarn", factor=8.0, original_max_position_embeddings=4096, beta_fast=16.0),
     RopeScaling(
         rope_type="llama3",
         factor=8.0,

@@ -34,9 +34,7 @@ def write(root: Path, files: dict[str, str | bytes]) -> str:
 
 
 def command(*args: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *args], cwd=REPO, env=os.environ | env, capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, *args], cwd=REPO, env=os.environ | env, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +107,7 @@ def test_bos_as_the_tokenizer_says(tmp_path, config, template):
     backend.add_special_tokens(["<s>", "</s>"])
     special = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
     if template:
-        backend.post_processor = tokenizers.processors.TemplateProcessing(
-            single=template, special_tokens=special
-        )
+        backend.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=special)
     backend.enable_truncation(4)
     backend.enable_padding(length=64, pad_id=0, pad_token=END_OF_TEXT)
     save_tokenizer(backend, str(tmp_path), model_max_length=64)

@@ -24,8 +24,7 @@ class Batches:
             raise UserError(f"windows of shape {windows.shape}: pass [num, seq_len], num > 0.")
         if batch_size < 1 or not 0 <= seed < 2**32:
             raise UserError(
-                f"batch_size={batch_size}, seed={seed}: the first is at least 1, "
-                "the second from 0 to 2**32 - 1."
+                f"batch_size={batch_size}, seed={seed}: the first is at least 1, the second from 0 to 2**32 - 1."
             )
         import grain  # imports jax where it is installed: readers and tokenizers do without
 

@@ -10,9 +10,7 @@ from longlora_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def pack_documents(
-    documents: Iterable[np.ndarray], seq_len: int, *, eos_id: int | None
-) -> np.ndarray:
+def pack_documents(documents: Iterable[np.ndarray], seq_len: int, *, eos_id: int | None) -> np.ndarray:
     """Returns windows [num, seq_len] int32: all documents in a row, EOS after each, cut.
 
     documents: ids [tokens] of each; an empty one adds nothing. What is left after the last whole

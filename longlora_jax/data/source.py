@@ -114,9 +114,7 @@ def is_held_out(name: str, hold_out: tuple[str, ...]) -> bool:
     return False
 
 
-def _select(
-    names: list[str], *, hold_out: tuple[str, ...], only: tuple[str, ...], root: Path
-) -> list[str]:
+def _select(names: list[str], *, hold_out: tuple[str, ...], only: tuple[str, ...], root: Path) -> list[str]:
     if only:
         if missing := sorted(set(only) - set(names)):
             raise UserError(f"{root} has no {', '.join(missing)}: `only` wants paths below it.")
@@ -184,8 +182,7 @@ def _rows(path: str, text_key: str, split: str) -> Iterator[tuple[str, str]]:
         ) from error
     if text_key not in rows.column_names:
         raise UserError(
-            f"the dataset {path!r} has no column {text_key!r}: "
-            f"set text_key to one of {', '.join(rows.column_names)}."
+            f"the dataset {path!r} has no column {text_key!r}: set text_key to one of {', '.join(rows.column_names)}."
         )
     for index, row in enumerate(rows):
         yield f"{path}/{split}/{index}", row[text_key]

@@ -62,15 +62,10 @@ def load_tokenizer(folder: str) -> Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
-        raise UserError(
-            f"{path / 'tokenizer.json'} cannot be read ({error}): copy it again."
-        ) from error
+        raise UserError(f"{path / 'tokenizer.json'} cannot be read ({error}): copy it again.") from error
     config = _read_json(path / "special_tokens_map.json")
     config |= _read_json(path / "tokenizer_config.json")
-    ids = {
-        role: backend.token_to_id(_content(config.get(f"{role}_token")) or "")
-        for role in ("bos", "eos", "pad")
-    }
+    ids = {role: backend.token_to_id(_content(config.get(f"{role}_token")) or "") for role in ("bos", "eos", "pad")}
     return Tokenizer(backend, bos_id=ids["bos"], eos_id=ids["eos"], pad_id=ids["pad"])
 
 
@@ -105,9 +100,7 @@ def _load_with_transformers(folder: str) -> Tokenizer:
             "copy tokenizer.json and tokenizer_config.json of the model into it."
         ) from error
     log.info("%s has no tokenizer.json: read by transformers' %s", folder, type(auto).__name__)
-    return Tokenizer(
-        backend, bos_id=auto.bos_token_id, eos_id=auto.eos_token_id, pad_id=auto.pad_token_id
-    )
+    return Tokenizer(backend, bos_id=auto.bos_token_id, eos_id=auto.eos_token_id, pad_id=auto.pad_token_id)
 
 
 def _read_json(path: Path) -> dict:

@@ -99,9 +99,7 @@ def main() -> None:
         help="folder, glob or dataset; by default the running interpreter's standard library",
     )
     parser.add_argument("--vocab_size", type=int, default=4096, help="pieces (default 4096)")
-    parser.add_argument(
-        "--model_max_length", type=int, default=256, help="window of its model (default 256)"
-    )
+    parser.add_argument("--model_max_length", type=int, default=256, help="window of its model (default 256)")
     parser.add_argument(
         "--hold_out",
         nargs="*",
