@@ -11,7 +11,6 @@ from longlora_jax.errors import UserError
 from longlora_jax.patterns import GROUPED, PATTERNS
 from longlora_jax.rope import ROPE_TYPES, RopeScaling
 
-
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 MODES = ("lora_plus", "lora", "full")

@@ -22,7 +22,8 @@ def causal_attention(q, k, v, segment_ids=None, *, block: int | None = None):
 
     q: [Z, T, N, H]; k, v: [Z, T, K, H] with N a multiple of K (query head n reads kv head n // (N // K));
     segment_ids: [Z, T] int32 or None, tokens see their own segment only. Returns [Z, T, N, H] in q's dtype.
-    Scores, softmax and sums are float32; block: side of a block of scores in tokens. No array is larger than Z * N * T * max(H, block).
+    Scores, softmax and sums are float32. block: side of a block of scores in tokens; no array is larger than
+    Z * N * T * max(H, block).
     """
     z, t, n, h = q.shape
     kv_heads = k.shape[2]

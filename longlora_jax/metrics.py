@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
 
@@ -63,13 +64,9 @@ def progress_bar(total: int, *, start: int, label: str):
     )
 
 
-def human(number: float, unit: str = "") -> str:
-    """A number with three digits and a metric letter: 139.7M."""
-    for letter in ("", "k", "M", "G", "T"):
-        if abs(number) < 1000:
-            return f"{number:.4g}{letter}{unit}"
-        number /= 1000
-    return f"{number:.4g}P{unit}"
+def tree_bytes(tree) -> int:
+    """Bytes of all arrays of a tree, over all devices."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def census_lines(groups: dict[str, dict[str, int]]) -> list[str]:

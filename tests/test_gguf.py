@@ -63,8 +63,12 @@ def spm_vocab():
     pieces = sorted(learned.get_vocab().items(), key=lambda item: item[1])
     single = [piece for piece, _ in pieces if len(piece) == 1]
     merged = [piece for piece, _ in pieces if len(piece) > 1]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *merged, *single]
-    scores = [0.0] * 259 + [-float(i) for i in range(len(merged) + len(single))]
+    scored = [(piece, -float(i)) for i, piece in enumerate(merged + single)]
+    # Ids in another order than the scores.
+    random.Random(3).shuffle(scored)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    tokens += [piece for piece, _ in scored]
+    scores = [0.0] * 259 + [score for _, score in scored]
     return tokens, scores, [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
 
 

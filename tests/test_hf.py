@@ -190,11 +190,15 @@ def test_mixed_dtypes_lose_nothing(tmp_path):
     save_tiny(source, tiny_model("bfloat16"))
     name = "model.layers.1.input_layernorm.weight"
     fine = np.linspace(0.1, 1, 24, dtype=np.float32)
-    edit_weights(source, **{name: fine})
+    half = {"model.layers.1.mlp.up_proj.weight": np.full((40, 24), 1 + 2**-10, np.float16)}
+    edit_weights(source, **{name: fine}, **half)
     config, params = load_hf(str(source))
     assert params["layers"]["input_layernorm"]["scale"].dtype == np.float32
     np.testing.assert_array_equal(params["layers"]["input_layernorm"]["scale"][1], fine)
-    assert params["layers"]["mlp"]["up_proj"]["kernel"].dtype == ml_dtypes.bfloat16
+    # Neither of bfloat16 and float16 holds the other.
+    up_proj = params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert up_proj.dtype == np.float32 and np.all(up_proj[1] == 1 + 2**-10)
+    assert params["layers"]["mlp"]["down_proj"]["kernel"].dtype == ml_dtypes.bfloat16
     save_hf(str(tmp_path / "target"), config, params)
     reloaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "target")
     np.testing.assert_array_equal(reloaded.get_parameter(name).detach().numpy(), fine)

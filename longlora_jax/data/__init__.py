@@ -1,6 +1,6 @@
 """Training data: documents, their tokens, windows and batches. Imports neither jax nor torch."""
 
-from longlora_jax.data.loader import Batches, batches
+from longlora_jax.data.loader import Batches, as_batch, batches
 from longlora_jax.data.pack import pack_documents
 from longlora_jax.data.source import (
     HELD_OUT,
@@ -18,6 +18,7 @@ __all__ = [
     "Batches",
     "Document",
     "Tokenizer",
+    "as_batch",
     "batches",
     "is_held_out",
     "load_tokenizer",

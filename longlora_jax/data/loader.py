@@ -38,7 +38,7 @@ class Batches:
         }
         dataset = grain.MapDataset.source(windows).shuffle(seed=seed).repeat()
         # Nothing remains of an endless repeat; counting a remainder overflows at batch_size 1.
-        dataset = dataset.batch(batch_size, drop_remainder=True).map(_as_batch)
+        dataset = dataset.batch(batch_size, drop_remainder=True).map(as_batch)
         # No threads: the windows lie in memory, and grain's default would hold 500 batches ready.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._iterator = iter(dataset.to_iter_dataset(options))
@@ -85,7 +85,8 @@ def batches(windows: np.ndarray, *, batch_size: int, seed: int) -> Batches:
     return Batches(windows, batch_size=batch_size, seed=seed)
 
 
-def _as_batch(tokens: np.ndarray) -> Batch:
+def as_batch(tokens: np.ndarray) -> Batch:
+    """Windows [B, T] as a batch: one segment each, every token scored but the first."""
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     return {
         "tokens": tokens.astype(np.int32),

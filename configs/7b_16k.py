@@ -1,0 +1,15 @@
+"""LLaMA-2 7B to a window of 16,384 tokens, as in the paper.
+
+Command:   python train.py --config configs/7b_16k.py --workdir runs/7b_16k --config.init_from=DIR
+           DIR is a local folder of meta-llama/Llama-2-7b-hf (safetensors).
+Hardware:  the paper used 8 x A100-80GB; rows are cut over all devices (mesh.fsdp).
+Expected:  the paper prints no LoRA+ row of its own for 16,384; full fine-tuning with S2-Attn gives 8.03 on PG19.
+"""
+
+from longlora_jax.config import Config
+from longlora_jax.presets import llama2_7b, longlora
+
+
+def get_config() -> Config:
+    """The paper's recipe at 16,384 tokens: groups of 4,096, positions interpolated by 4."""
+    return longlora(llama2_7b(), init_from="meta-llama/Llama-2-7b-hf", seq_len=16_384)

@@ -1,0 +1,151 @@
+"""From a config to what a run is made of: resolved config, model, windows of data, state on the mesh."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from longlora_jax import checkpoint, hf, optim, sharding, trainable
+from longlora_jax.config import Config, DataConfig, ModelConfig, validate
+from longlora_jax.data import load_tokenizer, pack_documents, read_documents, tokenize_documents
+from longlora_jax.errors import UserError
+from longlora_jax.model import Llama, abstract_params, init_params, logical_axes
+from longlora_jax.patterns import FULL, Pattern
+from longlora_jax.rope import extend_rope
+from longlora_jax.trainer import TrainState
+
+
+def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
+    """The config with nothing left open: model shape, extended rope, absolute base path; and whether it resumes.
+
+    Raises UserError if the workdir holds another run, or if the config and the base model disagree.
+    """
+    validate(config)
+    config = dataclasses.replace(config)
+    if config.init_from:
+        config.init_from = str(Path(config.init_from).absolute())
+        base = hf.load_config(config.init_from)
+        if config.model is not None:
+            check_same_shape(config.model, base, config.init_from)
+        config.model = base
+    if not config.data.tokenizer:
+        config.data = dataclasses.replace(config.data, tokenizer=config.init_from)
+    config.eval = dataclasses.replace(
+        config.eval,
+        data=dataclasses.replace(config.eval.data, tokenizer=config.eval.data.tokenizer or config.data.tokenizer),
+    )
+    config.model = extend_model(config.model, config)
+    if not checkpoint.is_workdir(workdir):
+        return config, False
+    saved = checkpoint.read_run_config(workdir)
+    checkpoint.check_base(workdir, saved)
+    free = {"log_every": 0, "save_every": 0, "keep_checkpoints": 0, "mesh": None}
+    ours, theirs = (dataclasses.asdict(dataclasses.replace(c, **free)) for c in (config, saved))
+    if changed := [name for name in ours if _plain(ours[name]) != _plain(theirs[name])]:
+        raise UserError(
+            f"{workdir} holds a run with another {', '.join(changed)}: choose a new --workdir, or give the config "
+            "that it was started with"
+        )
+    return config, True
+
+
+def _plain(value):
+    """A value as it looks after JSON: tuples are lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def check_same_shape(given: ModelConfig, base: ModelConfig, path: str) -> None:
+    """Raises UserError if the config's model is not the one in the folder; windows and token ids may differ."""
+    free = {
+        "max_position_embeddings",
+        "rope_scaling",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+    }
+    names = [f.name for f in dataclasses.fields(given) if f.name not in free]
+    if wrong := [
+        f"{n}={getattr(base, n)}, not {getattr(given, n)}" for n in names if getattr(base, n) != getattr(given, n)
+    ]:
+        raise UserError(f"{path} is another model than the config's: it has {'; '.join(wrong)}")
+
+
+def extend_model(model: ModelConfig, config: Config) -> ModelConfig:
+    """The model with its rope made fit for the training window."""
+    if config.rope.type == "keep":
+        return model
+    scaling = extend_rope(
+        scaling=model.rope_scaling,
+        max_position_embeddings=model.max_position_embeddings,
+        seq_len=config.seq_len,
+        rope_type=config.rope.type,
+        factor=config.rope.factor or None,
+    )
+    window = max(config.seq_len, model.max_position_embeddings)
+    return dataclasses.replace(model, rope_scaling=scaling, max_position_embeddings=window)
+
+
+def build_model(config: Config) -> Llama:
+    """The model of a run under its training pattern."""
+    name = config.attention.pattern
+    return Llama(
+        config.model,
+        lora=config.lora if config.mode != "full" else None,
+        pattern=FULL if name == "full" else Pattern(name, config.attention.group_tokens(config.seq_len)),
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+    )
+
+
+def read_windows(data: DataConfig, config: Config):
+    """The corpus as windows [num, seq_len]."""
+    tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocabulary "
+            f"{config.model.vocab_size}: set data.tokenizer to the model's own"
+        )
+    documents = read_documents(
+        data.source,
+        data.path,
+        hold_out=data.hold_out,
+        only=data.only,
+        text_key=data.text_key,
+        split=data.split,
+    )
+    ids = tokenize_documents(documents, tokenizer, max_tokens=data.max_tokens)
+    return pack_documents(ids, config.seq_len, eos_id=tokenizer.eos_id)
+
+
+def initial_state(config: Config, model: Llama, mesh):
+    """(TrainState, frozen) on the mesh: base weights from init_from or random, adapters fresh.
+
+    Trainables are float32, frozen weights config.dtype.
+    """
+    shapes = abstract_params(model)
+    shardings = sharding.weight_shardings(mesh, logical_axes(model), shapes)
+    mask = trainable.trainable_mask(shapes, config.mode)
+    key = jax.random.PRNGKey(config.seed)
+    if config.init_from:
+        params = checkpoint.load_model(config.init_from).merged()
+        fresh = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("lora_"), shapes)
+        adapters = jax.jit(lambda key: trainable.partition(init_params(model, key), fresh)[0])(key)
+        params = trainable.combine(adapters, params)
+        place = lambda x, trains, where: jax.device_put(jnp.asarray(x, jnp.float32 if trains else config.dtype), where)  # noqa: E731
+        params = jax.tree.map(place, params, mask, shardings)
+    else:
+        params = jax.jit(lambda key: init_params(model, key), out_shardings=shardings)(key)
+    trains, frozen = trainable.partition(params, mask)
+    state = TrainState.create(
+        model=model,
+        optimizer=optim.make_optimizer(config.optim, config.steps),
+        trainable=trains,
+        seed=config.seed,
+        accumulation=config.accumulation,
+        loss_chunk=config.loss_chunk,
+    )
+    return state, frozen
