@@ -40,10 +40,9 @@ def train(config: Config, workdir: str) -> None:
     state, frozen = run.initial_state(config, model, mesh)
 
     # Nothing is written before this line: whatever the user got wrong has been said by now.
-    Path(workdir).mkdir(parents=True, exist_ok=True)
+    checkpoints = checkpoint.RunCheckpoints(workdir, keep=config.keep_checkpoints)
     if not resumed:
         checkpoint.write_run_config(workdir, config)
-    checkpoints = checkpoint.RunCheckpoints(workdir, keep=config.keep_checkpoints)
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
         data.set_state(data_state)
@@ -54,13 +53,14 @@ def train(config: Config, workdir: str) -> None:
     writer = metrics.MetricsLog(workdir, start_step=start)
     schedule = optim.make_schedule(config.optim, config.steps)
     full_from = round(config.steps * (1 - config.attention.full_last))
-    step_fn = jit_train_step()
+    step_fn = jit_train_step(state)
     bar = metrics.progress_bar(config.steps, start=start, label=Path(workdir).name)
     began, tokens, logged = time.perf_counter(), 0, start
     for step in range(start, config.steps):
         if step >= full_from and state.model.pattern != FULL:
             log.info("step %d: from here to the end under full attention (attention.full_last)", step)
             state = state.replace(model=state.model.clone(pattern=FULL))
+            step_fn = jit_train_step(state)
         batch = next(data)
         del batch["segment_ids"]  # documents are joined: a window is one segment, nothing to mask
         state, values = step_fn(state, frozen, jax.device_put(batch, batch_sharding))
@@ -127,13 +127,16 @@ def print_census(config: Config, model: Llama, mesh, state: TrainState, frozen, 
 
 def main(argv) -> None:
     """Checks the command line and trains; what the user got wrong is one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    log.setLevel(logging.INFO)
+    metrics.log_to_console()
     try:
         if len(argv) > 1:
             raise UserError(f"unknown argument {argv[1]}: see python train.py --help")
         if _CONFIG.value is None or not _WORKDIR.value:
             raise UserError("--config FILE and --workdir DIR are needed: see python train.py --help")
+        if not isinstance(_CONFIG.value, Config):
+            raise UserError(
+                f"get_config() of the --config file gives a {type(_CONFIG.value).__name__}: return a Config"
+            )
         train(_CONFIG.value, _WORKDIR.value)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -143,9 +146,14 @@ def main(argv) -> None:
 def parse_flags(argv) -> list[str]:
     """absl's parser, with its faults in one line and exit code 2."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _ = _CONFIG.value.seq_len  # a file that could not be read says so here
+        return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        fault = " ".join(str(error.args[0] if error.args else error).split())
+        hint = ": longlora_jax/config.py has all fields" if isinstance(error, KeyError | AttributeError) else ""
+        print(f"error: {fault}{hint}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -7,19 +7,21 @@ by path and by a fingerprint of the files there, which is checked when the run i
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from longlora_jax import hf
 from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
 from longlora_jax.errors import UserError
+from longlora_jax.files import new_folder, write_json
 from longlora_jax.lora import merge_lora
-from longlora_jax.trainable import combine
+from longlora_jax.model import Llama, abstract_params
+from longlora_jax.trainable import combine, partition, trainable_mask
 
 
 @dataclass
@@ -40,8 +42,13 @@ class RunCheckpoints:
     """The checkpoints/ of a workdir: saved asynchronously, complete or absent, the newest few kept."""
 
     def __init__(self, workdir: str, *, keep: int = 2):
+        folder = Path(workdir).absolute() / "checkpoints"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}): choose another --workdir") from error
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, None if there is none."""
@@ -89,18 +96,12 @@ def save_model(out: str, config: ModelConfig, params, *, dtype: str, tokenizer_f
 
     The folder is written aside and renamed when it is complete; raises UserError if `out` exists.
     """
-    target = Path(out).absolute()
-    if target.exists():
-        raise UserError(f"{out} exists: choose a new folder or remove it")
-    aside = target.with_name(target.name + ".incomplete")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    (aside / "config.json").write_text(json.dumps(hf.config_to_json(config, dtype), indent=2) + "\n")
-    if tokenizer_from:
-        hf.copy_tokenizer(tokenizer_from, str(aside))
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(aside / "params", params)
-    os.replace(aside, target)
+    with new_folder(out) as aside:
+        write_json(os.path.join(aside, "config.json"), hf.config_to_json(config, dtype))
+        if tokenizer_from:
+            hf.copy_tokenizer(tokenizer_from, aside)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(aside).absolute() / "params", params)
 
 
 def read_run_config(workdir: str) -> Config:
@@ -138,7 +139,7 @@ def is_workdir(path: str) -> bool:
 
 
 def load_model(path: str) -> LoadedModel:
-    """Loads a Hugging Face folder, a converted checkpoint or the newest checkpoint of a workdir, as numpy arrays."""
+    """Loads a Hugging Face folder, a converted checkpoint or the newest checkpoint of a workdir."""
     if not Path(path).is_dir():
         raise UserError(
             f"there is no model folder {path}: give a Hugging Face folder, a converted checkpoint or a workdir"
@@ -149,15 +150,7 @@ def load_model(path: str) -> LoadedModel:
         config, params = hf.load_hf(path)
         return LoadedModel(config, params, None, path)
     config = hf.load_config(path)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        params = checkpointer.restore(Path(path).absolute() / "params", restore_args=_as_numpy(path))
-    return LoadedModel(config, params, None, path)
-
-
-def _as_numpy(path: str):
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(Path(path).absolute() / "params").item_metadata.tree
-    return jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=None), metadata)
+    return LoadedModel(config, _restore(Path(path) / "params", abstract_params(Llama(config))), None, path)
 
 
 def _load_workdir(path: str) -> LoadedModel:
@@ -165,35 +158,32 @@ def _load_workdir(path: str) -> LoadedModel:
     checkpoints = Path(path).absolute() / "checkpoints"
     with ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{path} has no complete checkpoint yet: train it further, or name another folder")
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        state_dir = checkpoints / str(step) / "state"
-        metadata = checkpointer.metadata(state_dir).item_metadata.tree
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=None), {"trainable": metadata["trainable"]})
-        trainable = checkpointer.restore(
-            state_dir,
-            item={"trainable": metadata["trainable"]},
-            restore_args=restore_args,
-            transforms={},
-        )["trainable"]
-    tokenizer_dir = config.data.tokenizer or config.init_from
+    if step is None:
+        raise UserError(f"{path} has no complete checkpoint yet: train it further, or name another folder")
     lora = config.lora if config.mode != "full" else None
+    shapes = abstract_params(Llama(config.model, lora=lora))
+    trained, _ = partition(shapes, trainable_mask(shapes, config.mode))
+    trained = _restore(checkpoints / str(step) / "state", {"trainable": trained})["trainable"]
+    tokenizer_dir = config.data.tokenizer or config.init_from
     if config.mode == "full":
-        return LoadedModel(config.model, trainable, None, tokenizer_dir)
+        return LoadedModel(config.model, trained, None, tokenizer_dir)
     check_base(path, config)
-    base = load_model(config.init_from)
-    return LoadedModel(config.model, _overlay(base.merged(), trainable), lora, tokenizer_dir)
+    base = load_model(config.init_from).merged()
+    frozen = partition({**base}, _absent_from(trained, base))[0]
+    return LoadedModel(config.model, combine(trained, frozen), lora, tokenizer_dir)
 
 
-def _overlay(base: dict, trained: dict) -> dict:
-    """base with the trained leaves in place of its own, and with the adapters beside them."""
+def _absent_from(trained, base):
+    """A mask over base: True where trained has no leaf of that name."""
+    return {
+        name: _absent_from(trained.get(name, {}), child) if isinstance(child, dict) else name not in trained
+        for name, child in base.items()
+    }
 
-    def without(node, other):
-        return {
-            name: without(child, other[name]) if isinstance(child, dict) and name in other else child
-            for name, child in node.items()
-            if name not in other or isinstance(child, dict)
-        }
 
-    return combine(trained, without(base, trained))
+def _restore(path: Path, shapes):
+    """The arrays of an orbax folder, as much of it as `shapes` names, in the dtype that each is stored in."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        args = ocp.args.PyTreeRestore(item=shapes, restore_args=restore_args, partial_restore=True)
+        return checkpointer.restore(path.absolute(), args=args)

@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MASKED = -1e30  # finite, so that a row without any visible key gives zeros and not NaN
+# Finite: a block without any visible key then gives weights and not NaN. They are dropped by the diagonal block,
+# which comes last and where every query sees at least itself.
+MASKED = -1e30
 
 
 def causal_attention(q, k, v, segment_ids=None, *, block: int | None = None):
@@ -76,7 +78,7 @@ def _blocks(q, k, v, segment_ids):
 
 def _forward(q, k, v, segment_ids):
     def query_block(i):
-        q_i, seg_i = q[i], _at(segment_ids, i)
+        q_i, seg_i = _at(q, i), _at(segment_ids, i)
 
         def key_block(j, carry, diagonal=False):
             acc, top, total = carry
@@ -116,7 +118,7 @@ def _vjp_backward(residuals, d_out):
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
 
     def key_block(d_q, j):
-        k_j, v_j, seg_j = k[j], v[j], _at(segment_ids, j)
+        k_j, v_j, seg_j = _at(k, j), _at(v, j), _at(segment_ids, j)
 
         def query_block(i, carry, diagonal=False):
             d_q, d_k, d_v = carry

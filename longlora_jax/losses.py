@@ -19,7 +19,7 @@ def cross_entropy(hidden, kernel, targets, weights, *, chunk: int = CHUNK):
     hidden: [..., D] after the final norm; kernel: [D, V], the output projection (lm_head, or the transposed
     embedding); targets: [...] int32; weights: [...], 0 leaves a token out. Returns (sum of weight * nll, sum of
     weights), float32 scalars; divide them for the mean. Chunks of rows whose weights are all 0 are skipped, so
-    a masked row costs nothing and cannot give NaN.
+    a masked row costs nothing and cannot give NaN, whatever its targets are.
     """
     d = hidden.shape[-1]
     weights = weights.reshape(-1).astype(jnp.float32)
@@ -55,11 +55,16 @@ def _log_likelihood(hidden, kernel, targets):
     return -jnp.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0], log_probs
 
 
+def _weighted_sum(nll, weights):
+    # Not nll * weights alone: the nll of a masked target that is no column (-100 of a small kernel) is NaN.
+    return jnp.sum(jnp.where(weights != 0, nll * weights, 0))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sum_nll(hidden, kernel, targets, weights, chunk):
     def step(total, c):
         hidden_c, targets_c, weights_c = c
-        score = lambda: jnp.sum(_log_likelihood(hidden_c, kernel, targets_c)[0] * weights_c)  # noqa: E731
+        score = lambda: _weighted_sum(_log_likelihood(hidden_c, kernel, targets_c)[0], weights_c)  # noqa: E731
         return total + jax.lax.cond(jnp.any(weights_c != 0), score, lambda: jnp.float32(0)), None
 
     chunks = _split((hidden, targets, weights), targets.shape[0], chunk)
@@ -77,12 +82,12 @@ def _sum_nll_forward(hidden, kernel, targets, weights, chunk):
 
         def score(total, d_kernel):
             nll, log_probs = _log_likelihood(hidden_c, kernel, targets_c)
-            hit = targets_c[:, None] == jnp.arange(kernel.shape[1])
+            hit = targets_c[:, None] == jnp.arange(kernel.shape[1])[None]
             d_logits = ((jnp.exp(log_probs) - hit) * weights_c[:, None]).astype(hidden_c.dtype)
             d_hidden = jnp.dot(d_logits, kernel.T.astype(d_logits.dtype))
             if d_kernel is not None:
                 d_kernel += jnp.dot(hidden_c.T, d_logits, preferred_element_type=jnp.float32)
-            return total + jnp.sum(nll * weights_c), d_kernel, d_hidden
+            return total + _weighted_sum(nll, weights_c), d_kernel, d_hidden
 
         def skip(total, d_kernel):
             return total, d_kernel, jnp.zeros_like(hidden_c)

@@ -1,11 +1,28 @@
 """What a run reports: metrics.jsonl, TensorBoard events, a progress bar, and the census at the start."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
 import jax
 from tqdm import tqdm
+
+
+class _Console(logging.Handler):
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def log_to_console() -> None:
+    """Log lines go to standard output, above the progress bar: ours from INFO on, those of others from WARNING on.
+
+    Standard error is left to the progress bar and to the one line that says what the user got wrong.
+    """
+    logging.captureWarnings(True)
+    logging.getLogger().handlers[:] = [_Console()]
+    for name, level in {None: logging.WARNING, "absl": logging.WARNING, "longlora_jax": logging.INFO}.items():
+        logging.getLogger(name).setLevel(level)
 
 
 class MetricsLog:

@@ -30,7 +30,7 @@ def rms_norm(x, scale, *, eps: float):
     """x / rms(x) * scale over the last axis, in float32. x: [..., D]; scale: [D]. arXiv:1910.07467."""
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * scale.astype(x.dtype)
+    return x32.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
 class RMSNorm(nn.Module):
@@ -77,7 +77,7 @@ class Projection(nn.Module):
         y = project(x, kernel, self.input_axes)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, out_axes)
-            y += self.param("bias", zeros, self.features).astype(x.dtype)
+            y += jnp.broadcast_to(self.param("bias", zeros, self.features).astype(x.dtype), y.shape)
         if self.lora is not None and self.lora.rank and self.name in self.lora.targets:
             y += self._adapter(x, inputs, in_axes, out_axes)
         return y

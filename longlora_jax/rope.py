@@ -26,7 +26,7 @@ _KEPT = {
 _log = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, unsafe_hash=True)
 class RopeScaling:
     """How the rotary frequencies of a longer window follow from those of the pretrained one.
 

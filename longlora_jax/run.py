@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from longlora_jax import checkpoint, hf, optim, sharding, trainable
 from longlora_jax.config import Config, DataConfig, ModelConfig, validate
@@ -37,6 +38,8 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     )
     config.model = extend_model(config.model, config)
     if not checkpoint.is_workdir(workdir):
+        if (Path(workdir) / "config.json").exists():
+            raise UserError(f"{workdir} holds the config.json of something else than a run: choose another --workdir")
         return config, False
     saved = checkpoint.read_run_config(workdir)
     checkpoint.check_base(workdir, saved)
@@ -148,4 +151,6 @@ def initial_state(config: Config, model: Llama, mesh):
         accumulation=config.accumulation,
         loss_chunk=config.loss_chunk,
     )
-    return state, frozen
+    # The step leaves its scalars on the whole mesh: begun elsewhere, the second step would compile anew.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, everywhere), state), frozen

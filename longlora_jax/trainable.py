@@ -50,7 +50,7 @@ def partition(params, mask):
             if isinstance(child, dict):
                 if inner := take(child, keep[name], wanted):
                     out[name] = inner
-            elif keep[name] is wanted:
+            elif bool(keep[name]) == wanted:
                 out[name] = child
         return out
 

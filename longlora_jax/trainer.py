@@ -100,9 +100,11 @@ def eval_step(params, batch, *, model: Llama, loss_chunk: int = 1024):
     return loss_sums(params, batch, model=model, loss_chunk=loss_chunk)
 
 
-def jit_train_step(**options):
-    """train_step compiled with the state donated; options go to jax.jit."""
-    return jax.jit(train_step, donate_argnums=0, **options)
+def jit_train_step(state: TrainState):
+    """train_step compiled for states like this one: donated, and left on the devices where they were."""
+    # Unless it is told, the compiler chooses where a result lives, and the next step compiles anew for that.
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def jit_eval_step(model: Llama, loss_chunk: int = 1024):

@@ -1,0 +1,103 @@
+"""Pictures of evaluations."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+# Of the palettes of Okabe and Ito and of Tol, safe for colour-blind readers, what is dark enough for text on white.
+HIGHLIGHT = "#D55E00"
+COLOURS = ("#0072B2", "#555555", "#009E73", "#CC79A7", "#332288", "#999933")
+MARKERS = "osD^vP*"
+LOG_FROM = 4  # a range of perplexities wider than this many times is drawn on a log axis
+
+
+def plot_perplexity(
+    rows: Mapping[str, Sequence[tuple[int, float]]],
+    path: str,
+    *,
+    title: str,
+    highlight: str | None = None,
+    window: int | None = None,
+    window_label: str = "window of the model",
+) -> None:
+    """Draws perplexity by length, one line a label, each named at its right end.
+
+    rows: label -> [(length in tokens, perplexity)]; path: .png, .svg or .pdf, replaced when the picture is complete;
+    highlight: the label whose line is drawn thick; window: a length to mark by a dashed line.
+    """
+    figure = Figure(figsize=(9, 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    values = [ppl for points in rows.values() for _, ppl in points]
+    lengths = sorted({length for points in rows.values() for length, _ in points})
+    axes.set_xscale("log", base=2)
+    if max(values) > LOG_FROM * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator(_round_steps(min(values), max(values))))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_locator(FixedLocator(lengths))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    ends = []
+    for index, (label, points) in enumerate(rows.items()):
+        x, y = zip(*sorted(points), strict=True)
+        thick = label == highlight
+        colour = HIGHLIGHT if thick else COLOURS[index % len(COLOURS)]
+        style = {"linewidth": 3 if thick else 1.8, "markersize": 8 if thick else 5.5, "zorder": 4 if thick else 3}
+        axes.plot(x, y, color=colour, marker=MARKERS[index % len(MARKERS)], **style)
+        ends.append((label, x[-1], y[-1], colour, thick))
+    if window is not None and lengths[0] <= window <= lengths[-1]:
+        axes.axvline(window, color="#888888", linewidth=1, linestyle=(0, (4, 4)), zorder=1)
+        side = "left" if window**2 < lengths[0] * lengths[-1] else "right"  # towards the middle of the picture
+        note = f"{window_label}: {window:,}"
+        axes.annotate(note, (window, 1), xycoords=("data", "axes fraction"), ha=side, va="bottom", color="#666666")
+    axes.set_title(title, loc="left", fontweight="bold", pad=22)
+    axes.set_xlabel("length of the window in tokens")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _name_ends(axes, ends)
+    aside = Path(path).with_suffix(f".incomplete{Path(path).suffix}")
+    figure.savefig(aside)
+    os.replace(aside, path)
+
+
+def _round_steps(low: float, high: float) -> list[float]:
+    """Round numbers that span a log axis, fewer in a decade the more decades there are."""
+    steps = (1, 1.5, 2, 3, 5, 7) if high < 15 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    decades = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 1)
+    return [step * 10.0**decade for decade in decades for step in steps]
+
+
+def _name_ends(axes, ends) -> None:
+    """Writes each label to the right of its line's last point, moved up or down until no two overlap."""
+    axes.figure.canvas.draw()  # fixes the axes' limits and size
+    height = 11 * axes.figure.dpi / 72 * 1.25  # of a line of text, in pixels
+    ends = sorted(ends, key=lambda end: end[2])
+    to_pixels = axes.transData
+    wanted = [to_pixels.transform((x, y))[1] for _, x, y, _, _ in ends]
+    placed = list(wanted)
+    for _ in range(100):  # neighbours that are too near push each other apart by equal parts
+        for i in range(1, len(placed)):
+            if (overlap := height - (placed[i] - placed[i - 1])) > 0:
+                placed[i - 1], placed[i] = placed[i - 1] - overlap / 2, placed[i] + overlap / 2
+    for (label, x, y, colour, thick), pixel in zip(ends, placed, strict=True):
+        offset = (pixel - to_pixels.transform((x, y))[1]) * 72 / axes.figure.dpi
+        axes.annotate(
+            f"{label}  {y:.3g}",
+            (x, y),
+            xytext=(9, offset),
+            textcoords="offset points",
+            va="center",
+            fontsize=10.5,
+            color=colour,
+            fontweight="bold" if thick else "normal",
+            annotation_clip=False,
+        )

@@ -1,0 +1,110 @@
+"""The main job on a laptop: extend the shipped LLaMA 8 times, export it, and show what that brought.
+
+`make quickstart` runs it. Every step but the evaluation is one of the commands that a user of a large model
+types, and is printed before it runs.
+"""
+
+import dataclasses
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from longlora_jax import errors
+from longlora_jax.checkpoint import LoadedModel, load_model
+from longlora_jax.data import HELD_OUT, load_tokenizer, read_documents
+from longlora_jax.errors import UserError
+from longlora_jax.evals.perplexity import evaluate, on_device, stretch_rope
+from longlora_jax.evals.plots import plot_perplexity
+from longlora_jax.files import write_json
+
+BASE = "models/tiny-python-llama"
+RUNS = Path("runs/quickstart")
+LENGTHS = (256, 512, 1024, 2048)
+SCORED_TOKENS = 8192  # of each held-out file, at every length the same ones
+BASE_ROW, EXTENDED_ROW, CONTROL_ROW = "base as it is", "extended by LongLoRA", "control: same tokens at 256"
+
+
+def main() -> None:
+    """Trains, exports, evaluates, prints the table and writes quickstart.json and quickstart.png."""
+    if not Path(BASE).is_dir():
+        raise UserError(f"there is no {BASE} here: run make quickstart in the root of the repository")
+    began = time.perf_counter()
+    shutil.rmtree(RUNS, ignore_errors=True)  # a quickstart shows the whole job; real runs resume
+    script = [sys.executable, "train.py"]
+    _step(1, "extend the window to 2,048 tokens (about 3 minutes)")
+    _call(*script, "--config", "configs/quickstart.py", "--workdir", str(RUNS / "extended"))
+    _step(2, "control: spend the same tokens at the old window (about 2 minutes)")
+    _call(*script, "--config", "configs/quickstart_control.py", "--workdir", str(RUNS / "control"))
+    _step(3, "export the extended model as a Hugging Face folder")
+    _call(sys.executable, "convert_weights.py", "to-hf", str(RUNS / "extended"), str(RUNS / "extended-hf"))
+    _step(4, "evaluate with full attention on held-out files of this Python's library (about 1 minute)")
+    table = evaluate_all()
+    write_json(str(RUNS / "quickstart.json"), {"rows": table})
+    curves = {name: [(r["seq_len"], r["perplexity"]) for r in results] for name, results in table.items()}
+    plot_perplexity(
+        curves,
+        str(RUNS / "quickstart.png"),
+        title="A LLaMA with a window of 256, extended 8 times",
+        highlight=EXTENDED_ROW,
+        window=256,
+        window_label="the base's window",
+    )
+    print(f"\nPerplexity of held-out Python sources, full attention ({', '.join(HELD_OUT)})\n")
+    print(format_table(table))
+    print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes. Picture: {RUNS}/quickstart.png")
+    print(f"The extended model, for transformers, llama.cpp and others: {RUNS}/extended-hf")
+
+
+def evaluate_all() -> dict[str, list[dict]]:
+    """Every row of the table: {row: one result of perplexity.evaluate for each of LENGTHS}."""
+    base, control, extended = (load_model(str(p)) for p in (BASE, RUNS / "control", RUNS / "extended-hf"))
+    tokenizer = load_tokenizer(BASE)
+    documents = [tokenizer.encode(d.text)[:SCORED_TOKENS] for d in read_documents("python", "", only=HELD_OUT)]
+    rows = {BASE_ROW: (base, None)}
+    rows |= {f"base, {kind} x8, untrained": (base, kind) for kind in ("linear", "ntk", "yarn")}
+    rows |= {CONTROL_ROW: (control, None), EXTENDED_ROW: (extended, None)}
+    return {name: _evaluate_row(name, model, kind, documents) for name, (model, kind) in rows.items()}
+
+
+def _evaluate_row(name: str, model: LoadedModel, rope_type: str | None, documents) -> list[dict]:
+    """A model at all lengths; an untrained scaling is the one for the longest length, as a user would set it."""
+    model = on_device(model, "float32")
+    if rope_type:
+        model = dataclasses.replace(model, config=stretch_rope(model.config, max(LENGTHS), rope_type))
+    results = [evaluate(model, documents, t, label=f"{name}, {t:,} tokens") for t in LENGTHS]
+    for result in results:
+        del result["windows_detail"]
+    return results
+
+
+def format_table(table: dict[str, list[dict]]) -> str:
+    """Perplexity by length, and over the last quarter of the longest window, as Markdown."""
+    head = ["", *(f"{t:,}" for t in LENGTHS), f"last quarter of {LENGTHS[-1]:,}"]
+    lines = [head, ["---", *("---:" for _ in head[1:])]]
+    for name, results in table.items():
+        cells = [f"{r['perplexity']:.2f}" for r in results] + [f"{results[-1]['last_quarter']['perplexity']:.2f}"]
+        lines.append([f"**{name}**" if name == EXTENDED_ROW else name, *cells])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "| "
+        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        + " |"
+        for line in lines
+    )
+
+
+def _step(number: int, text: str) -> None:
+    print(f"\n[{number}/4] {text}", flush=True)
+
+
+def _call(*command: str) -> None:
+    print(f"$ {shlex.join(['python', *command[1:]])}", flush=True)
+    if subprocess.run(command).returncode:
+        raise UserError("the step above failed: mend it and run make quickstart again")
+
+
+if __name__ == "__main__":
+    errors.run(main)
