@@ -68,7 +68,7 @@ def our_step(seq_len: int, attention: str, remat: str, weights: str):
     optimizer = optim.make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, warmup_steps=0), 1000)
     state = TrainState.create(model=model, optimizer=optimizer, trainable=trainable)
     del base, params, trainable
-    step = jit_train_step()
+    step = jit_train_step(state)
 
     def run(tokens) -> float:
         nonlocal state
@@ -225,12 +225,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each variant (default: 5)")
     parser.add_argument("--json", metavar="FILE", help="where to write the results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--weights",
-        default=str(Path(tempfile.gettempdir(), "train_step_weights")),
-        metavar="DIR",
-        help="folder for the model",
-    )
+    weights = Path(tempfile.gettempdir(), "train_step_weights")
+    parser.add_argument("--weights", default=str(weights), metavar="DIR", help="folder for the model")
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, int(args.seq_len), args.weights)

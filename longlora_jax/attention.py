@@ -102,7 +102,8 @@ def _by_predicate(q, k, v, pattern: Pattern, segment_ids):
     scores = jnp.einsum("bqnh,bsnh->bnqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
     scores = jnp.where(mask, scores, MASKED)
     weights = jnp.where(mask, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
-    # A head of block_sparse may look into another document alone: then it sees nothing and gives zeros.
-    total = jnp.where(mask.any(-1, keepdims=True), weights.sum(-1, keepdims=True), 1)
+    # A head of block_sparse may look into another document alone: then it sees nothing, and the sum, which is 1 or
+    # more for everyone else, is 0.
+    total = jnp.maximum(weights.sum(-1, keepdims=True), 0.5)
     weights = (weights / total).astype(v.dtype)
     return jnp.einsum("bnqs,bsnh->bqnh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)

@@ -132,8 +132,10 @@ def test_bfloat16(name):
     ours = run(lambda *qkv: attend(*qkv, pattern_of(name, g)), *qkv)
     assert all(x.dtype == jnp.bfloat16 for x in ours)
     oracle = brute_force.attention(*qkv[:3], brute_force.mask(name, g, heads=4, t=t)[None], qkv[3])
-    for x, y in zip(ours, oracle, strict=True):  # the same rounded inputs; bfloat16 keeps 2^-9 of a weight and of a sum
-        assert np.abs(np.asarray(x, np.float64) - y).max() < 2**-7 * np.abs(y).max()
+    # The same rounded inputs. Weights, their gradients and results keep 2^-9 of their value: 2^-7 of the largest is
+    # what comes out, and three times that with scores in bfloat16.
+    for x, y in zip(ours, oracle, strict=True):
+        assert np.abs(np.asarray(x, np.float64) - y).max() < 2**-6 * np.abs(y).max()
 
 
 @pytest.mark.parametrize("name", PATTERNS)
