@@ -197,7 +197,6 @@ class Llama(nn.Module):
             theta=c.rope_theta,
             scaling=c.rope_scaling,
             seq_len=tokens.shape[1],
-            max_position_embeddings=c.max_position_embeddings,
         )
         cos, sin = rope_tables(positions, *frequencies)
         x, _ = self.layers(x, cos, sin, segment_ids)

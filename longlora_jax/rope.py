@@ -80,13 +80,11 @@ def rope_frequencies(
     theta: float,
     scaling: RopeScaling | None,
     seq_len: int,
-    max_position_embeddings: int | None = None,
 ) -> tuple[np.ndarray, float]:
     """The rotary frequencies for a forward pass of seq_len tokens, as transformers computes them.
 
     Returns inv_freq [H/2] f32, in radians a token, and the factor on cos and sin. Only `dynamic`
-    and `longrope` depend on seq_len, none on max_position_embeddings: a scaling knows its original
-    window. Raises UserError if the scaling does not fit head_dim.
+    and `longrope` depend on seq_len. Raises UserError if the scaling does not fit head_dim.
     """
     if head_dim < 4 or head_dim % 2 or not theta > 1:
         raise UserError(f"rope needs an even {head_dim=} of 4 or more and {theta=} above 1")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from longlora_jax import checkpoint, hf, optim, sharding, trainable
@@ -134,16 +135,43 @@ def initial_state(config: Config, model: Llama, mesh):
     mask = trainable.trainable_mask(shapes, config.mode)
     key = jax.random.PRNGKey(config.seed)
     if config.init_from:
-        params = checkpoint.load_model(config.init_from).merged()
-        fresh = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("lora_"), shapes)
-        adapters = jax.jit(lambda key: trainable.partition(init_params(model, key), fresh)[0])(key)
-        params = trainable.combine(adapters, params)
-        place = lambda x, trains, where: jax.device_put(jnp.asarray(x, jnp.float32 if trains else config.dtype), where)  # noqa: E731
+        base = checkpoint.load_model(config.init_from).merged()
+        is_new = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("lora_"), shapes)
+        adapters = jax.jit(lambda key: trainable.partition(init_params(model, key), is_new)[0])(key)
+        params = trainable.combine(adapters, base)
+
+        def place(leaf, trains, where):  # cast on the host: no device ever holds a whole sharded weight
+            return jax.device_put(np.asarray(leaf).astype(_dtype(config, trains), copy=False), where)
+
         params = jax.tree.map(place, params, mask, shardings)
     else:
-        params = jax.jit(lambda key: init_params(model, key), out_shardings=shardings)(key)
+
+        def random(key):
+            return jax.tree.map(lambda x, trains: x.astype(_dtype(config, trains)), init_params(model, key), mask)
+
+        params = jax.jit(random, out_shardings=shardings)(key)
     trains, frozen = trainable.partition(params, mask)
-    state = TrainState.create(
+    state = _fresh_state(config, model, trains)
+    # The step leaves its scalars on the whole mesh: begun elsewhere, the second step would compile anew.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, everywhere), state), frozen
+
+
+def abstract_state(config: Config, model: Llama):
+    """(TrainState, frozen) of initial_state as shapes and dtypes, without computing or holding anything."""
+    shapes = abstract_params(model)
+    mask = trainable.trainable_mask(shapes, config.mode)
+    cast = lambda x, trains: jax.ShapeDtypeStruct(x.shape, _dtype(config, trains))  # noqa: E731
+    trains, frozen = trainable.partition(jax.tree.map(cast, shapes, mask), mask)
+    return jax.eval_shape(lambda t: _fresh_state(config, model, t), trains), frozen
+
+
+def _dtype(config: Config, trains: bool):
+    return jnp.dtype(jnp.float32 if trains else config.dtype)
+
+
+def _fresh_state(config: Config, model: Llama, trains) -> TrainState:
+    return TrainState.create(
         model=model,
         optimizer=optim.make_optimizer(config.optim, config.steps),
         trainable=trains,
@@ -151,6 +179,3 @@ def initial_state(config: Config, model: Llama, mesh):
         accumulation=config.accumulation,
         loss_chunk=config.loss_chunk,
     )
-    # The step leaves its scalars on the whole mesh: begun elsewhere, the second step would compile anew.
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, everywhere), state), frozen
