@@ -21,7 +21,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.kernels import kernel_name
 from longlora_jax.model import Llama, abstract_params
 from longlora_jax.patterns import FULL
-from longlora_jax.trainer import TrainState, jit_eval_step, jit_train_step
+from longlora_jax.trainer import TrainState, compile_train_step, jit_eval_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the resolved config.")
@@ -47,20 +47,21 @@ def train(config: Config, workdir: str) -> None:
         state, data_state = checkpoints.restore(state)
         data.set_state(data_state)
         log.info("resumed at step %d", state.step)
-    print_census(config, model, mesh, state, frozen, data.tokens_per_epoch)
+    rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), "int32", sharding=batch_sharding)
+    step_fn = compile_train_step(state, frozen, rows)
+    print_census(config, model, mesh, step_fn, data.tokens_per_epoch)
 
     start = int(state.step)
     writer = metrics.MetricsLog(workdir, start_step=start)
     schedule = optim.make_schedule(config.optim, config.steps)
     full_from = round(config.steps * (1 - config.attention.full_last))
-    step_fn = jit_train_step(state)
     bar = metrics.progress_bar(config.steps, start=start, label=Path(workdir).name)
     began, tokens, logged = time.perf_counter(), 0, start
     for step in range(start, config.steps):
         if step >= full_from and state.model.pattern != FULL:
             log.info("step %d: from here to the end under full attention (attention.full_last)", step)
             state = state.replace(model=state.model.clone(pattern=FULL))
-            step_fn = jit_train_step(state)
+            step_fn = compile_train_step(state, frozen, rows)
         batch = next(data)
         del batch["segment_ids"]  # documents are joined: a window is one segment, nothing to mask
         state, values = step_fn(state, frozen, jax.device_put(batch, batch_sharding))
@@ -110,18 +111,22 @@ class Evaluation:
         return {"eval/loss": total / scored, "eval/perplexity": math.exp(total / scored), "eval/tokens": scored}
 
 
-def print_census(config: Config, model: Llama, mesh, state: TrainState, frozen, tokens_per_epoch: int) -> None:
+def print_census(config: Config, model: Llama, mesh, step_fn, tokens_per_epoch: int) -> None:
     """What is about to happen: parameters by group, attention, tokens a step, memory, mesh."""
     shapes = abstract_params(model)
     for line in metrics.census_lines(trainable.census(shapes, trainable.trainable_mask(shapes, config.mode))):
         print(line)
     tokens = config.batch_size * config.seq_len
     epochs = config.steps * tokens / tokens_per_epoch
-    held = metrics.tree_bytes((frozen, state.trainable, state.trainable, state.opt_state))  # gradients: trainables
+    memory = step_fn.memory_analysis()
+    held, temporary = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
     print(f"model      window {config.model.max_position_embeddings:,}, rope {config.model.rope_scaling or 'unscaled'}")
     print(f"attention  {model.pattern}, kernel {kernel_name()}, dtype {config.dtype}, remat {config.remat}")
     print(f"step       {tokens:,} tokens, {config.steps:,} steps, {epochs:.2f} epochs")
-    print(f"memory     {held / 2**30:.2f} GiB of weights, optimizer and gradients, activations come on top")
+    print(
+        f"memory     {held + temporary:.2f} GiB a device expected: {held:.2f} of weights and optimizer, "
+        f"{temporary:.2f} of gradients and activations"
+    )
     print(f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind}, mesh {dict(mesh.shape)}", flush=True)
 
 

@@ -25,6 +25,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
+    """Writes a file that holds one JSON object, indented."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.write("\n")

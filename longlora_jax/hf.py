@@ -63,15 +63,16 @@ class Rule(NamedTuple):
     is_kernel: bool = False
 
     def names(self, layers: int) -> list[str]:
+        """Hugging Face's names of this weight, one a layer."""
         return [self.name.format(i) for i in range(layers)] if "{}" in self.name else [self.name]
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """One tensor of hf_shape in our layout."""
         return (array.T if self.is_kernel else array).reshape(self.shape)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        if self.is_kernel:
-            return array.reshape(self.hf_shape[::-1]).T
-        return array.reshape(self.hf_shape)
+        """One layer of shape in Hugging Face's layout."""
+        return array.reshape(self.hf_shape[::-1]).T if self.is_kernel else array.reshape(self.hf_shape)
 
 
 def weight_rules(config: ModelConfig) -> list[Rule]:

@@ -5,7 +5,6 @@ import logging
 import sys
 from pathlib import Path
 
-import jax
 from tqdm import tqdm
 
 
@@ -79,11 +78,6 @@ def progress_bar(total: int, *, start: int, label: str):
         dynamic_ncols=terminal,
         ncols=None if terminal else 100,
     )
-
-
-def tree_bytes(tree) -> int:
-    """Bytes of all arrays of a tree, over all devices."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def census_lines(groups: dict[str, dict[str, int]]) -> list[str]:

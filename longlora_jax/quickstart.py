@@ -4,6 +4,7 @@
 types, and is printed before it runs.
 """
 
+import argparse
 import dataclasses
 import shlex
 import shutil
@@ -21,48 +22,58 @@ from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.files import write_json
 
 BASE = "models/tiny-python-llama"
-RUNS = Path("runs/quickstart")
 LENGTHS = (256, 512, 1024, 2048)
-SCORED_TOKENS = 8192  # of each held-out file, at every length the same ones
+TRAININGS = (
+    ("quickstart", "extended", "extend the window to 2,048 tokens with LongLoRA (2 to 3 minutes)"),
+    ("quickstart_control", "control", "control: the same tokens at the old window (2 to 3 minutes)"),
+)
 BASE_ROW, EXTENDED_ROW, CONTROL_ROW = "base as it is", "extended by LongLoRA", "control: same tokens at 256"
 
 
 def main() -> None:
     """Trains, exports, evaluates, prints the table and writes quickstart.json and quickstart.png."""
+    parser = argparse.ArgumentParser(prog="python -m longlora_jax.quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, help="training steps (default: as configs/quickstart.py says)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of each held-out file to score")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
+    args = parser.parse_args()
     if not Path(BASE).is_dir():
         raise UserError(f"there is no {BASE} here: run make quickstart in the root of the repository")
     began = time.perf_counter()
-    shutil.rmtree(RUNS, ignore_errors=True)  # a quickstart shows the whole job; real runs resume
-    script = [sys.executable, "train.py"]
-    _step(1, "extend the window to 2,048 tokens (about 3 minutes)")
-    _call(*script, "--config", "configs/quickstart.py", "--workdir", str(RUNS / "extended"))
-    _step(2, "control: spend the same tokens at the old window (about 2 minutes)")
-    _call(*script, "--config", "configs/quickstart_control.py", "--workdir", str(RUNS / "control"))
+    for folder in (args.out / name for name in ("extended", "extended-hf", "control")):
+        shutil.rmtree(folder, ignore_errors=True)  # a quickstart shows the whole job; a run of yours would resume
+    steps = [f"--config.steps={args.steps}"] if args.steps else []
+    for number, (config, name, what) in enumerate(TRAININGS, 1):
+        _step(number, what)
+        _call("train.py", "--config", f"configs/{config}.py", "--workdir", str(args.out / name), *steps)
     _step(3, "export the extended model as a Hugging Face folder")
-    _call(sys.executable, "convert_weights.py", "to-hf", str(RUNS / "extended"), str(RUNS / "extended-hf"))
-    _step(4, "evaluate with full attention on held-out files of this Python's library (about 1 minute)")
-    table = evaluate_all()
-    write_json(str(RUNS / "quickstart.json"), {"rows": table})
-    curves = {name: [(r["seq_len"], r["perplexity"]) for r in results] for name, results in table.items()}
+    _call("convert_weights.py", "to-hf", str(args.out / "extended"), str(args.out / "extended-hf"))
+    _step(4, "evaluate with full attention on held-out files of this Python's library (about a minute)")
+    table = evaluate_all(args.out, args.tokens)
+    minutes = (time.perf_counter() - began) / 60
+    write_json(str(args.out / "quickstart.json"), {"minutes": minutes, "rows": table})
     plot_perplexity(
-        curves,
-        str(RUNS / "quickstart.png"),
-        title="A LLaMA with a window of 256, extended 8 times",
+        {name: [(r["seq_len"], r["perplexity"]) for r in results] for name, results in table.items()},
+        str(args.out / "quickstart.png"),
+        title="A LLaMA with a window of 256 tokens, extended 8 times",
         highlight=EXTENDED_ROW,
         window=256,
         window_label="the base's window",
     )
-    print(f"\nPerplexity of held-out Python sources, full attention ({', '.join(HELD_OUT)})\n")
+    print(f"\nPerplexity under full attention of files it never saw: {', '.join(HELD_OUT)}\n")
     print(format_table(table))
-    print(f"\n{(time.perf_counter() - began) / 60:.1f} minutes. Picture: {RUNS}/quickstart.png")
-    print(f"The extended model, for transformers, llama.cpp and others: {RUNS}/extended-hf")
+    print(f"\n{minutes:.1f} minutes. Picture: {args.out}/quickstart.png")
+    print(f"The extended model, for transformers, llama.cpp and others: {args.out}/extended-hf")
 
 
-def evaluate_all() -> dict[str, list[dict]]:
-    """Every row of the table: {row: one result of perplexity.evaluate for each of LENGTHS}."""
-    base, control, extended = (load_model(str(p)) for p in (BASE, RUNS / "control", RUNS / "extended-hf"))
+def evaluate_all(folder: Path, scored_tokens: int) -> dict[str, list[dict]]:
+    """Every row of the table: {row: one result of perplexity.evaluate for each of LENGTHS}.
+
+    scored_tokens: how much of each held-out file; the same tokens at every length.
+    """
+    base, control, extended = (load_model(str(p)) for p in (BASE, folder / "control", folder / "extended-hf"))
     tokenizer = load_tokenizer(BASE)
-    documents = [tokenizer.encode(d.text)[:SCORED_TOKENS] for d in read_documents("python", "", only=HELD_OUT)]
+    documents = [tokenizer.encode(d.text)[:scored_tokens] for d in read_documents("python", "", only=HELD_OUT)]
     rows = {BASE_ROW: (base, None)}
     rows |= {f"base, {kind} x8, untrained": (base, kind) for kind in ("linear", "ntk", "yarn")}
     rows |= {CONTROL_ROW: (control, None), EXTENDED_ROW: (extended, None)}
@@ -101,9 +112,9 @@ def _step(number: int, text: str) -> None:
 
 
 def _call(*command: str) -> None:
-    print(f"$ {shlex.join(['python', *command[1:]])}", flush=True)
-    if subprocess.run(command).returncode:
-        raise UserError("the step above failed: mend it and run make quickstart again")
+    print(f"$ {shlex.join(['python', *command])}", flush=True)
+    if subprocess.run([sys.executable, *command]).returncode:
+        raise UserError("the step above failed: mend what it says and run make quickstart again")
 
 
 if __name__ == "__main__":

@@ -107,6 +107,12 @@ def jit_train_step(state: TrainState):
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def compile_train_step(state: TrainState, frozen, rows: jax.ShapeDtypeStruct):
+    """jit_train_step compiled ahead of the first step, for unsegmented batches of `rows` ([B, T] int32, sharded)."""
+    batch = dict.fromkeys(("tokens", "positions", "loss_mask"), rows)
+    return jit_train_step(state).lower(state, frozen, batch).compile()
+
+
 def jit_eval_step(model: Llama, loss_chunk: int = 1024):
     """eval_step compiled for one model and pattern."""
     return jax.jit(functools.partial(eval_step, model=model, loss_chunk=loss_chunk))

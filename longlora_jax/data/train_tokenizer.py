@@ -87,6 +87,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main() -> None:
+    """Trains on the corpus that the command line names and writes both tokenizer files."""
     parser = argparse.ArgumentParser(
         prog="python -m longlora_jax.data.train_tokenizer",
         description="Train a byte-level BPE tokenizer for Python sources and write it as "

@@ -1,0 +1,40 @@
+"""The quickstart's own commands, two steps long: every file it promises is there and says what the table says."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from longlora_jax import hf
+from longlora_jax.quickstart import BASE, BASE_ROW, EXTENDED_ROW, LENGTHS, format_table
+from longlora_jax.trainable import count
+
+
+def test_shipped_model_is_what_its_card_says():
+    """The card's numbers: parameters, vocabulary, window, and a file of 16 MB at most."""
+    config, params = hf.load_hf(BASE)
+    assert count(params) == 5_770_496
+    assert (config.vocab_size, config.max_position_embeddings) == (4096, 256)
+    assert sum(x.nbytes for x in _leaves(params)) < 16e6
+    assert all(np.isfinite(x.astype(np.float32)).all() for x in _leaves(params))
+
+
+def _leaves(tree):
+    return [leaf for child in tree.values() for leaf in (_leaves(child) if isinstance(child, dict) else [child])]
+
+
+def test_two_steps_of_everything(tmp_path):
+    """Catches a quickstart that breaks in any of its four parts."""
+    command = [sys.executable, "-m", "longlora_jax.quickstart", "--steps", "2", "--tokens", "2048"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "quickstart.json").read_text())["rows"]
+    assert [r["seq_len"] for r in table[EXTENDED_ROW]] == list(LENGTHS)
+    # Two steps leave the base as it was inside its window: a wrong export or rope would not.
+    base, control = (table[name][0]["perplexity"] for name in (BASE_ROW, "control: same tokens at 256"))
+    assert control == pytest.approx(base, rel=0.05)
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+    assert hf.load_config(str(tmp_path / "extended-hf")).max_position_embeddings == 2048
+    assert format_table(table) in done.stdout

@@ -1,0 +1,42 @@
+"""What the README shows exists: files, commands and flags. Words that drift from the code fail here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path("README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"python (?:-m )?[\w./]+(?: [^`|\n]*)?", README)))
+
+
+def test_paths_exist():
+    """Every config, picture and target that the README names."""
+    for path in re.findall(r"configs/\w+\.py|docs/[\w.]+|benchmarks/\w+\.(?:py|json)", README):
+        assert Path(path).exists(), path
+    makefile = Path("Makefile").read_text()
+    for target in re.findall(r"make (\w+)  ", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_every_file_of_the_package_is_in_the_tree():
+    """The file tree with a line each is complete."""
+    for path in Path("longlora_jax").glob("*.py"):
+        assert path.name == "__init__.py" or path.name in README, path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_know_their_flags(command):
+    """Each flag that a command of the README uses is in that command's --help."""
+    words = command.split()
+    program = words[1:3] if words[1] == "-m" else words[1:2]
+    used = set(re.findall(r"--([a-z_]+)(?=[ =`]|$)", command))
+    if program == ["train.py"]:  # absl lists the fields of a config only when it is given one
+        assert used <= {"config", "workdir"}, used
+        return
+    subcommand = [words[2]] if program == ["convert_weights.py"] else []
+    shown = subprocess.run([sys.executable, *program, *subcommand, "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    for flag in used:
+        assert f"--{flag}" in shown.stdout, f"{command}: {flag}"
