@@ -67,6 +67,8 @@ def our_step(seq_len: int, attention: str, remat: str, weights: str):
     trainable, frozen = partition(params, trainable_mask(params, "lora_plus"))
     optimizer = optim.make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, warmup_steps=0), 1000)
     state = TrainState.create(model=model, optimizer=optimizer, trainable=trainable)
+    # Committed to the device, as train.py has it; else the second step would be compiled anew and timed so.
+    state, frozen = jax.device_put((state, frozen), jax.devices()[0])
     del base, params, trainable
     step = jit_train_step(state)
 

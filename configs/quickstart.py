@@ -14,10 +14,10 @@ def get_config() -> Config:
     return Config(
         init_from="models/tiny-python-llama",
         seq_len=2048,
-        steps=120,
+        steps=150,
         batch_size=2,
         rope=RopeConfig(type="yarn"),
-        attention=AttentionConfig(full_last=0.2),
+        attention=AttentionConfig(full_last=0.1),
         data=DataConfig(source="python", hold_out=HELD_OUT),
         optim=OptimConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=10, end_ratio=0.1),
         dtype="float32",
