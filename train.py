@@ -122,7 +122,9 @@ def print_census(config: Config, model: Llama, mesh, step_fn, tokens_per_epoch: 
     epochs = config.steps * tokens / tokens_per_epoch
     memory = step_fn.memory_analysis()
     held, temporary = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
-    print(f"model      window {config.model.max_position_embeddings:,}, rope {config.model.rope_scaling or 'unscaled'}")
+    rope = config.model.rope_scaling
+    scaled = f"{rope.rope_type} x{rope.factor:g} from {rope.original_max_position_embeddings:,}" if rope else "unscaled"
+    print(f"model      window {config.model.max_position_embeddings:,}, rope {scaled}")
     print(f"attention  {model.pattern}, kernel {kernel_name()}, dtype {config.dtype}, remat {config.remat}")
     print(f"step       {tokens:,} tokens, {config.steps:,} steps, {epochs:.2f} epochs")
     print(

@@ -75,7 +75,7 @@ def evaluate_all(folder: Path, scored_tokens: int) -> dict[str, list[dict]]:
     tokenizer = load_tokenizer(BASE)
     documents = [tokenizer.encode(d.text)[:scored_tokens] for d in read_documents("python", "", only=HELD_OUT)]
     rows = {BASE_ROW: (base, None)}
-    rows |= {f"base, {kind} x8, untrained": (base, kind) for kind in ("linear", "ntk", "yarn")}
+    rows |= {f"base, {kind} x8, untrained": (base, kind.lower()) for kind in ("linear", "NTK", "YaRN")}
     rows |= {CONTROL_ROW: (control, None), EXTENDED_ROW: (extended, None)}
     return {name: _evaluate_row(name, model, kind, documents) for name, (model, kind) in rows.items()}
 
