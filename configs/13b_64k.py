@@ -3,7 +3,7 @@
 Command:   python train.py --config configs/13b_64k.py --workdir runs/13b_64k --config.init_from=DIR
            DIR is a local folder of meta-llama/Llama-2-13b-hf (safetensors).
 Hardware:  the paper used 8 x A100-80GB; rows are cut over all devices (mesh.fsdp).
-Expected:  proof-pile perplexity near that of the 32k model (the paper trained 13B up to 64k).
+Expected:  no figure of its own in the paper; its 13B has proof-pile perplexity 2.32 at 32,768.
 """
 
 from longlora_jax.config import Config

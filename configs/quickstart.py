@@ -5,7 +5,7 @@ Hardware:  2 CPU cores, 2 GB of memory.
 Expected:  see README.md: the table that make quickstart prints.
 """
 
-from longlora_jax.config import AttentionConfig, Config, DataConfig, OptimConfig, RopeConfig
+from longlora_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, OptimConfig, RopeConfig
 from longlora_jax.data import HELD_OUT
 
 
@@ -20,6 +20,7 @@ def get_config() -> Config:
         attention=AttentionConfig(full_last=0.1),
         data=DataConfig(source="python", hold_out=HELD_OUT),
         optim=OptimConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=10, end_ratio=0.1),
+        mesh=MeshConfig(fsdp=1),  # two rows a step are work for one device
         dtype="float32",
         remat="none",
         save_every=40,

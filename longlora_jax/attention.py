@@ -65,9 +65,9 @@ def _shifted(q, k, v, segment_ids, pattern: Pattern, t: int, g: int):
         group_of = (np.arange(t) + half) % t // g
         order = np.argsort(group_of, kind="stable")
     back = np.argsort(order)
-    rolled = [x[:, order] for x in (q, k, v)]
+    q, k, v = (x[:, order] for x in (q, k, v))
     segments = None if segment_ids is None else segment_ids[:, order]
-    return _pieces(*rolled, segments, first=g, group=g)[:, back]
+    return _pieces(q, k, v, segments, first=g, group=g)[:, back]
 
 
 def _pieces(q, k, v, segment_ids, *, first: int, group: int):

@@ -155,6 +155,7 @@ def load_model(path: str) -> LoadedModel:
 
 def _load_workdir(path: str) -> LoadedModel:
     config = read_run_config(path)
+    assert config.model is not None  # a run is saved resolved
     checkpoints = Path(path).absolute() / "checkpoints"
     with ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
         step = manager.latest_step()

@@ -7,8 +7,8 @@ blocks above the diagonal are never visited, and the backward pass recomputes sc
 log-sum-exp of each row.
 """
 
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +66,12 @@ def _scores(q, k, segments_q, segments_k, diagonal: bool):
     return scores if allowed is None else jnp.where(allowed, scores, MASKED)
 
 
-def _at(x, i):
+def _at(x, i) -> Any:  # None only for None: callers know
     return None if x is None else jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
-@functools.partial(jax.custom_vjp)
-def _blocks(q, k, v, segment_ids):
+@jax.custom_vjp
+def _blocks(q, k, v, segment_ids) -> jax.Array:
     """q: [n, Z, K, rep * b, H]; k, v: [n, Z, K, b, H]; segment_ids: [n, Z, b] or None. Returns q's shape."""
     return _forward(q, k, v, segment_ids)[0]
 

@@ -33,6 +33,12 @@ def rms_norm(x, scale, *, eps: float):
     return x32.astype(x.dtype) * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
+def _declare(module: nn.Module, name: str, init_fn, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Declares a weight of a module; param unboxes what the initializer boxes, which flax's annotations miss."""
+    boxed = nn.with_logical_partitioning(init_fn, axes)
+    return module.param(name, boxed, shape)  # pyright: ignore[reportReturnType]
+
+
 class RMSNorm(nn.Module):
     """rms_norm with its learned scale [D]."""
 
@@ -40,8 +46,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        return rms_norm(x, self.param("scale", init, (x.shape[-1],)), eps=self.eps)
+        return rms_norm(x, _declare(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],)), eps=self.eps)
 
 
 def project(x, kernel, input_axes: int = 1):
@@ -73,27 +78,25 @@ class Projection(nn.Module):
             self.axes[self.input_axes :],
         )
         normal = nn.initializers.normal(self.stddev)
-        kernel = self.param("kernel", nn.with_logical_partitioning(normal, self.axes), (*inputs, *self.features))
+        kernel = _declare(self, "kernel", normal, self.axes, (*inputs, *self.features))
         y = project(x, kernel, self.input_axes)
         if self.use_bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, out_axes)
-            y += jnp.broadcast_to(self.param("bias", zeros, self.features).astype(x.dtype), y.shape)
+            bias = _declare(self, "bias", nn.initializers.zeros, out_axes, self.features)
+            y += jnp.broadcast_to(bias.astype(x.dtype), y.shape)
         if self.lora is not None and self.lora.rank and self.name in self.lora.targets:
-            y += self._adapter(x, inputs, in_axes, out_axes)
+            y += self._adapter(x, self.lora, inputs, in_axes, out_axes)
         return y
 
-    def _adapter(self, x, inputs, in_axes, out_axes):
-        rank = self.lora.rank
+    def _adapter(self, x, lora: LoraConfig, inputs, in_axes, out_axes):
         # Kaiming uniform with a = sqrt(5), as PEFT and the LoRA authors' code: U(-1/sqrt(in), 1/sqrt(in)).
         axes = tuple(range(self.input_axes))
         random = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=axes, out_axis=self.input_axes)
-        lora_a = self.param("lora_a", nn.with_logical_partitioning(random, (*in_axes, "rank")), (*inputs, rank))
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("rank", *out_axes))
-        lora_b = self.param("lora_b", zeros, (rank, *self.features))
-        if self.lora.dropout and self.has_rng("dropout"):
-            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.lora.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.lora.dropout), 0)
-        return apply_lora(x, lora_a, lora_b, input_axes=self.input_axes, scale=self.lora.scale)
+        lora_a = _declare(self, "lora_a", random, (*in_axes, "rank"), (*inputs, lora.rank))
+        lora_b = _declare(self, "lora_b", nn.initializers.zeros, ("rank", *out_axes), (lora.rank, *self.features))
+        if lora.dropout and self.has_rng("dropout"):
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - lora.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - lora.dropout), 0)
+        return apply_lora(x, lora_a, lora_b, input_axes=self.input_axes, scale=lora.scale)
 
 
 class Attention(nn.Module):
@@ -176,7 +179,7 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -219,7 +222,7 @@ class _Weight(nn.Module):
 
     @nn.compact
     def __call__(self):
-        return self.param(self.leaf, nn.with_logical_partitioning(self.init_fn, self.axes), self.shape)
+        return _declare(self, self.leaf, self.init_fn, self.axes, self.shape)
 
 
 def output_kernel(params):

@@ -25,14 +25,17 @@ BASE = "models/tiny-python-llama"
 LENGTHS = (256, 512, 1024, 2048)
 TRAININGS = (
     ("quickstart", "extended", "extend the window to 2,048 tokens with LongLoRA (2 to 3 minutes)"),
-    ("quickstart_control", "control", "control: the same tokens at the old window (2 to 3 minutes)"),
+    ("quickstart_control", "control", "control: the same scaling and tokens at the old window (2 to 3 minutes)"),
 )
-BASE_ROW, EXTENDED_ROW, CONTROL_ROW = "base as it is", "extended by LongLoRA", "control: same tokens at 256"
+BASE_ROW, EXTENDED_ROW = "base as it is", "extended by LongLoRA"
+CONTROL_ROW = "control: YaRN x8, the same tokens at 256"
 
 
 def main() -> None:
     """Trains, exports, evaluates, prints the table and writes quickstart.json and quickstart.png."""
-    parser = argparse.ArgumentParser(prog="python -m longlora_jax.quickstart", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m longlora_jax.quickstart", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--steps", type=int, help="training steps (default: as configs/quickstart.py says)")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of each held-out file to score")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")

@@ -60,8 +60,9 @@ class RopeScaling:
             numbers = value if isinstance(value, tuple) else (value,)
             if name != "rope_type" and not all(n is None or _is_finite(n) for n in numbers):
                 raise UserError(f"rope {name}={value!r} is not a finite number: give one")
-            if name in ("factor", "original_max_position_embeddings") and value < 1:
-                raise UserError(f"rope {name}={value} is too small: it must be 1 or more")
+        for name in ("factor", "original_max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise UserError(f"rope {name}={getattr(self, name)} is too small: it must be 1 or more")
         if kind == "llama3" and (low is None or high is None or high <= low):
             raise UserError(
                 f"rope_type='llama3' needs low_freq_factor and, above it, high_freq_factor, "
@@ -105,6 +106,7 @@ def rope_frequencies(
     if kind == "yarn":
         return _yarn_frequencies(head_dim, theta, scaling), _attention_factor(scaling)
     divisors = scaling.long_factor if seq_len > original else scaling.short_factor
+    assert divisors is not None  # validate() saw both
     if len(divisors) != head_dim // 2:
         raise UserError(f"longrope has {len(divisors)} factors: head_dim={head_dim} needs half")
     inv_freq = 1 / (np.asarray(divisors, np.float32) * _powers(theta, head_dim))
@@ -192,20 +194,20 @@ def rope_from_hf(config_json: dict[str, Any]) -> tuple[float, RopeScaling | None
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return _ntk_from_hf(config_json, float(theta))
-    named = config_json.get("original_max_position_embeddings")
-    named = named or given.get("original_max_position_embeddings")
+    named = config_json.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
     if "factor" not in given and kind in ("yarn", "longrope") and named:
         given["factor"] = max(_stated_window(config_json) / named, 1.0)
     if kind in ROPE_TYPES and not _is_finite(given.get("factor")):
         raise UserError(f"config.json: rope_type={kind!r} needs factor, a number such as 8.0")
-    fields = {
+    fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in given.items()
         if name in RopeScaling.__annotations__
     }
     fields |= {"rope_type": kind, "factor": float(given.get("factor", 1))}
-    original = _original_window(kind, _stated_window(config_json), named, fields["factor"])
-    scaling = RopeScaling(**fields | {"original_max_position_embeddings": original})
+    window = _stated_window(config_json)
+    fields["original_max_position_embeddings"] = _original_window(kind, window, named, fields["factor"])
+    scaling = RopeScaling(**fields)
     scaling.validate()
     return float(theta), scaling
 
@@ -299,6 +301,7 @@ def _yarn_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.n
 def _llama3_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     """By the number of turns in the original window: many as is, few divided, a ramp between."""
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    assert low is not None and high is not None  # validate() saw both
     inv_freq = 1 / _powers(theta, head_dim)
     turns = scaling.original_max_position_embeddings / (np.float32(2 * math.pi) / inv_freq)
     fast = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)

@@ -37,6 +37,7 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
         config.eval,
         data=dataclasses.replace(config.eval.data, tokenizer=config.eval.data.tokenizer or config.data.tokenizer),
     )
+    assert config.model is not None  # validate() wants one where there is no init_from
     config.model = extend_model(config.model, config)
     if not checkpoint.is_workdir(workdir):
         if (Path(workdir) / "config.json").exists():
@@ -95,6 +96,7 @@ def extend_model(model: ModelConfig, config: Config) -> ModelConfig:
 
 def build_model(config: Config) -> Llama:
     """The model of a run under its training pattern."""
+    assert config.model is not None  # resolve() filled it
     name = config.attention.pattern
     return Llama(
         config.model,
@@ -107,6 +109,7 @@ def build_model(config: Config) -> Llama:
 
 def read_windows(data: DataConfig, config: Config):
     """The corpus as windows [num, seq_len]."""
+    assert config.model is not None  # resolve() filled it
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(

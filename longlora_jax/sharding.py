@@ -1,5 +1,7 @@
 """Where everything lives: the mesh, one table of logical axes, and the shardings that follow from it."""
 
+import logging
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -7,6 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from longlora_jax.config import MeshConfig
 from longlora_jax.errors import UserError
+
+log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -24,7 +28,8 @@ BATCH = P(("data", "fsdp"))
 def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
     """A mesh with axes data, fsdp, tensor over all devices (or those given); one axis may be -1, the rest.
 
-    Raises UserError if the sizes do not multiply to the number of devices.
+    Sizes without a -1 may take fewer devices than there are: then the first ones are used, and the log says so.
+    Raises UserError if the sizes ask for more devices, or do not divide those for the rest.
     """
     config = config or MeshConfig()
     devices = jax.devices() if devices is None else devices
@@ -32,12 +37,15 @@ def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
-    if -1 in sizes or int(np.prod(sizes)) != len(devices):
+    used = int(np.prod(sizes))
+    if min(sizes) < 1 or used > len(devices):
         shape = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
         raise UserError(
-            f"{shape} does not fit {len(devices)} devices: the sizes must multiply to it, one may be -1 for the rest"
+            f"{shape} does not fit {len(devices)} devices: the sizes must multiply to no more, one may be -1 for the rest"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if used < len(devices):
+        log.warning("the mesh takes %d of %d devices: set one of its axes to -1 to take all", used, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
 
 
 def weight_shardings(mesh: Mesh, logical_axes, shapes):

@@ -86,7 +86,7 @@ def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict[str, 
     scored = jnp.maximum(tokens, 1)
     grads = jax.tree.map(lambda g: g / scored, grads)
     updates, opt_state = state.optimizer.update(grads, state.opt_state, state.trainable)
-    metrics = {"loss": total / scored, "grad_norm": optax.global_norm(grads), "tokens": tokens}
+    metrics = {"loss": total / scored, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
     new = state.replace(
         step=state.step + 1,
         trainable=optax.apply_updates(state.trainable, updates),

@@ -36,7 +36,8 @@ class Batches:
             "batch_size": batch_size,
             "seed": seed,
         }
-        dataset = grain.MapDataset.source(windows).shuffle(seed=seed).repeat()
+        source = grain.MapDataset.source(windows)  # pyright: ignore[reportArgumentType]  # any array will do
+        dataset = source.shuffle(seed=seed).repeat()
         # Nothing remains of an endless repeat; counting a remainder overflows at batch_size 1.
         dataset = dataset.batch(batch_size, drop_remainder=True).map(as_batch)
         # No threads: the windows lie in memory, and grain's default would hold 500 batches ready.

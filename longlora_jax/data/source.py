@@ -180,9 +180,10 @@ def _rows(path: str, text_key: str, split: str) -> Iterator[tuple[str, str]]:
             f"the dataset {path!r}, split {split!r}, cannot be read: {reason[0]}; "
             "name a dataset that can be reached, or a local folder."
         ) from error
+    assert isinstance(rows, datasets.Dataset)  # one split of it, not streamed: its rows are dicts
     if text_key not in rows.column_names:
         raise UserError(
             f"the dataset {path!r} has no column {text_key!r}: set text_key to one of {', '.join(rows.column_names)}."
         )
     for index, row in enumerate(rows):
-        yield f"{path}/{split}/{index}", row[text_key]
+        yield f"{path}/{split}/{index}", row[text_key]  # pyright: ignore[reportCallIssue, reportArgumentType]

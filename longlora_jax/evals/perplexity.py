@@ -162,7 +162,8 @@ def evaluate(
 def _target_nll(llama: Llama, params, tokens):
     """nll [B, T - 1] of every token [B, T] but the first, given those before it."""
     hidden = llama.apply({"params": params}, tokens, method="hidden")
-    return token_nll(hidden[:, :-1], output_kernel(params), tokens[:, 1:])
+    hidden = hidden[:, :-1]  # pyright: ignore[reportCallIssue, reportArgumentType]  # nothing is mutable: an array
+    return token_nll(hidden, output_kernel(params), tokens[:, 1:])
 
 
 def _mean(nll: np.ndarray) -> dict[str, Any]:
