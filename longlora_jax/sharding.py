@@ -41,7 +41,7 @@ def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
     if min(sizes) < 1 or used > len(devices):
         shape = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
         raise UserError(
-            f"{shape} does not fit {len(devices)} devices: the sizes must multiply to no more, one may be -1 for the rest"
+            f"{shape} does not fit {len(devices)} devices: the sizes must multiply to no more, one may be -1, the rest"
         )
     if used < len(devices):
         log.warning("the mesh takes %d of %d devices: set one of its axes to -1 to take all", used, len(devices))
