@@ -4,7 +4,7 @@ Command:   python convert_weights.py from-gguf FILE.gguf models/smollm2
            python train.py --config configs/smollm2_135m_16k.py --workdir runs/smollm2_16k \\
                --config.init_from=models/smollm2 --config.data.path='texts/**/*.txt'
 Hardware:  any GPU or TPU chip with 16 GB; a CPU computes it too, at minutes a step.
-Expected:  not measured yet. The bar is the untrained NTK row of evals.perplexity, not the base's explosion.
+Expected:  not measured yet. The bar is the untrained YaRN row of evals.perplexity, not the base's explosion.
 """
 
 from longlora_jax.config import AttentionConfig, Config, DataConfig, OptimConfig, RopeConfig
@@ -12,7 +12,7 @@ from longlora_jax.presets import smollm2_135m
 
 
 def get_config() -> Config:
-    """LoRA rank 16 + embedding + norms, S2-Attn with groups of 4,096, the last tenth under full attention."""
+    """LoRA + embedding + norms, S2-Attn with groups of 4,096, the last tenth under full attention."""
     return Config(
         init_from="models/smollm2",
         model=smollm2_135m(),
@@ -20,7 +20,7 @@ def get_config() -> Config:
         steps=300,
         batch_size=8,
         accumulation=8,
-        rope=RopeConfig(type="linear"),
+        rope=RopeConfig(type="yarn"),
         attention=AttentionConfig(full_last=0.1),
         data=DataConfig(source="text", path="texts"),
         optim=OptimConfig(learning_rate=3e-4, schedule="cosine", end_ratio=0.1),

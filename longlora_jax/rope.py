@@ -30,10 +30,9 @@ _log = logging.getLogger(__name__)
 class RopeScaling:
     """How the rotary frequencies of a longer window follow from those of the pretrained one.
 
-    rope_type: linear (arXiv:2306.15595), dynamic or ntk (NTK-aware theta, by the length of the
-    forward pass or once and for all), yarn (arXiv:2309.00071), llama3 or longrope
-    (arXiv:2402.13753). factor: how many times longer. original_max_position_embeddings: the
-    window in tokens before any scaling. None means: not given, transformers' default holds.
+    rope_type: linear (arXiv:2306.15595), dynamic or ntk (NTK-aware theta, by the length of the forward pass or once
+    and for all), yarn (arXiv:2309.00071), llama3 or longrope (arXiv:2402.13753). factor: how many times longer.
+    original_max_position_embeddings: the window in tokens before any scaling. None: not given, transformers' default.
     """
 
     rope_type: str
