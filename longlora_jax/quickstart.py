@@ -28,7 +28,7 @@ TRAININGS = (
     ("quickstart_control", "control", "control: the same scaling and tokens at the old window (2 to 3 minutes)"),
 )
 BASE_ROW, EXTENDED_ROW = "base as it is", "extended by LongLoRA"
-CONTROL_ROW = "control: YaRN x8, the same tokens at 256"
+CONTROL_ROW = "control: YaRN x8, same tokens at 256"
 
 
 def main() -> None:
