@@ -161,6 +161,7 @@ def parse_flags(argv) -> list[str]:
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         fault = " ".join(str(error.args[0] if error.args else error).split())
+        fault = fault.split("earlier failure to load: ")[-1]  # ml_collections' preamble
         hint = ": longlora_jax/config.py has all fields" if isinstance(error, KeyError | AttributeError) else ""
         print(f"error: {fault}{hint}", file=sys.stderr)
         sys.exit(2)

@@ -26,6 +26,11 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     validate(config)
     config = dataclasses.replace(config)
     if config.init_from:
+        if not Path(config.init_from).is_dir():
+            raise UserError(
+                f"init_from={config.init_from} is not a folder: give a Hugging Face folder or a converted checkpoint "
+                "on this machine (a model of the hub: hf download NAME --local-dir DIR)"
+            )
         config.init_from = str(Path(config.init_from).absolute())
         base = hf.load_config(config.init_from)
         if config.model is not None:
