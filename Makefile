@@ -15,7 +15,7 @@ test: .venv/test  ## the test suite
 lint: .venv/test  ## format, lint and types
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/pyright
+	.venv/bin/pyright --pythonpath $(PY)
 
 bench: .venv/test  ## training speed and memory against transformers + PEFT
 	$(PY) benchmarks/train_step.py --json benchmarks/train_step.json
