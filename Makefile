@@ -21,7 +21,8 @@ bench: .venv/test  ## training speed and memory against transformers + PEFT
 	$(PY) benchmarks/train_step.py --json benchmarks/train_step.json
 
 .venv/run: requirements.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --requirement requirements.txt
 	touch $@
 

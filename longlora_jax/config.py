@@ -46,7 +46,7 @@ class ModelConfig:
 
 @dataclass(unsafe_hash=True)
 class LoraConfig:
-    """Adapters of a run; the defaults are the paper's. rank 0 means no adapters."""
+    """Adapters of a run; the defaults are the paper's."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -170,6 +170,7 @@ CHOICES = {
     "attention.pattern": PATTERNS,
     "optim.schedule": ("constant", "cosine", "linear"),
     "data.source": ("text", "python", "hf"),
+    "eval.data.source": ("text", "python", "hf"),
     "rope.type": (*ROPE_TYPES, "keep"),
 }
 POSITIVE = (
@@ -196,6 +197,12 @@ def validate(config: Config) -> None:
             faults.append(f"{name}={getattr(config, name)} must be 1 or more")
     if config.model is None and not config.init_from:
         faults.append("there is no model: set init_from to a model's folder, or model to a ModelConfig")
+    if not config.data.tokenizer and not config.init_from:
+        faults.append("there is no tokenizer: set data.tokenizer to a folder that has one")
+    if config.mode != "full" and not config.init_from:
+        faults.append(f"mode={config.mode!r} adapts a base model: set init_from to its folder, or mode to full")
+    if config.eval.every < 0 or config.eval.max_windows < 1:
+        faults.append("eval.every must be 0 (never) or more, eval.max_windows 1 or more")
     if config.accumulation > 0 and config.batch_size % config.accumulation:
         faults.append(
             f"batch_size={config.batch_size} is not a multiple of accumulation={config.accumulation}: "

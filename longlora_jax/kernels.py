@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 # Finite: a block without any visible key then gives weights and not NaN. They are dropped by the diagonal block,
 # which comes last and where every query sees at least itself.
@@ -107,7 +108,8 @@ def _forward(q, k, v, segment_ids):
 
 
 def _vjp_forward(q, k, v, segment_ids):
-    out, log_total = _forward(q, k, v, segment_ids)
+    # Named for the remat policy that keeps them (model.REMAT): then the backward pass starts without this forward.
+    out, log_total = (checkpoint_name(x, "attention") for x in _forward(q, k, v, segment_ids))
     return out, (q, k, v, segment_ids, out, log_total)
 
 

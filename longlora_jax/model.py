@@ -83,7 +83,7 @@ class Projection(nn.Module):
         if self.use_bias:
             bias = _declare(self, "bias", nn.initializers.zeros, out_axes, self.features)
             y += jnp.broadcast_to(bias.astype(x.dtype), y.shape)
-        if self.lora is not None and self.lora.rank and self.name in self.lora.targets:
+        if self.lora is not None and self.name in self.lora.targets:
             y += self._adapter(x, self.lora, inputs, in_axes, out_axes)
         return y
 

@@ -36,12 +36,10 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
         if config.model is not None:
             check_same_shape(config.model, base, config.init_from)
         config.model = base
-    if not config.data.tokenizer:
-        config.data = dataclasses.replace(config.data, tokenizer=config.init_from)
-    config.eval = dataclasses.replace(
-        config.eval,
-        data=dataclasses.replace(config.eval.data, tokenizer=config.eval.data.tokenizer or config.data.tokenizer),
-    )
+    tokenizer = str(Path(config.data.tokenizer or config.init_from).absolute())
+    config.data = dataclasses.replace(config.data, tokenizer=tokenizer)
+    tokenizer = str(Path(config.eval.data.tokenizer or tokenizer).absolute())
+    config.eval = dataclasses.replace(config.eval, data=dataclasses.replace(config.eval.data, tokenizer=tokenizer))
     assert config.model is not None  # validate() wants one where there is no init_from
     config.model = extend_model(config.model, config)
     if not checkpoint.is_workdir(workdir):

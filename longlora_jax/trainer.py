@@ -79,7 +79,8 @@ def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict[str, 
     if state.accumulation == 1:
         (total, tokens), grads = jax.value_and_grad(sums, has_aux=True)(state.trainable, batch, key)
     else:
-        parts = jax.tree.map(lambda x: x.reshape(state.accumulation, -1, *x.shape[1:]), batch)
+        # Every part takes rows of every device: the rows lie on the devices in order, and stay where they are.
+        parts = jax.tree.map(lambda x: x.reshape(-1, state.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
         zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
         keys = jax.random.split(key, state.accumulation)
         (total, tokens, grads), _ = jax.lax.scan(accumulate, zeros, (parts, keys))
