@@ -5,7 +5,6 @@ by path and by a fingerprint of the files there, which is checked when the run i
 """
 
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import orbax.checkpoint as ocp
 from longlora_jax import hf
 from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
 from longlora_jax.errors import UserError
-from longlora_jax.files import new_folder, write_json
+from longlora_jax.files import new_folder, read_json, write_json
 from longlora_jax.lora import merge_lora
 from longlora_jax.model import Llama, abstract_params
 from longlora_jax.trainable import combine, partition, trainable_mask
@@ -106,7 +105,7 @@ def save_model(out: str, config: ModelConfig, params, *, dtype: str, tokenizer_f
 
 def read_run_config(workdir: str) -> Config:
     """The resolved config of a workdir."""
-    values = json.loads((Path(workdir) / "config.json").read_text())
+    values = read_json(os.path.join(workdir, "config.json"))
     values.pop("base_fingerprint", None)
     return from_dict(Config, values)
 
@@ -114,14 +113,12 @@ def read_run_config(workdir: str) -> Config:
 def write_run_config(workdir: str, config: Config) -> None:
     """Writes config.json: every field as the run uses it, and the fingerprint of the base weights."""
     base = fingerprint(config.init_from) if config.init_from else ""
-    aside = Path(workdir) / "config.json.incomplete"
-    aside.write_text(json.dumps({**asdict(config), "base_fingerprint": base}, indent=2) + "\n")
-    os.replace(aside, Path(workdir) / "config.json")
+    write_json(os.path.join(workdir, "config.json"), {**asdict(config), "base_fingerprint": base})
 
 
 def check_base(workdir: str, config: Config) -> None:
     """Raises UserError if the base weights of a run are no longer those it was started from."""
-    saved = json.loads((Path(workdir) / "config.json").read_text()).get("base_fingerprint", "")
+    saved = read_json(os.path.join(workdir, "config.json")).get("base_fingerprint", "")
     if not config.init_from:
         return
     if not Path(config.init_from).is_dir():

@@ -25,10 +25,12 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Writes a file that holds one JSON object, indented."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Writes an indented JSON file, aside first: the file at path is whole at every moment."""
+    aside = f"{path}.incomplete"
+    with open(aside, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
+    os.replace(aside, path)
 
 
 def check_new(folder: str) -> None:

@@ -322,8 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _print(results, args)
     if args.json:
         head = {"model": args.model, "data": args.data, "attention": args.attention, "dtype": args.dtype}
-        write_json(f"{args.json}.incomplete", head | {"rope_override": override, "results": results})
-        os.replace(f"{args.json}.incomplete", args.json)
+        write_json(args.json, head | {"rope_override": override, "results": results})
     if args.plot:
         curves = {"all targets": [(r["seq_len"], r["perplexity"]) for r in results]}
         curves["last quarter"] = [(r["seq_len"], r["last_quarter"]["perplexity"]) for r in results]
