@@ -1,50 +1,62 @@
-"""Weights in and out: Hugging Face folders, GGUF files, converted checkpoints, workdirs."""
+"""Weights in and out: Hugging Face folders, PEFT adapters, GGUF files, converted checkpoints, workdirs."""
 
 import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from longlora_jax import errors
 from longlora_jax.files import check_new
+from longlora_jax.rope import ROPE_TYPES
 
-# checkpoint.py loads jax: each command imports what it needs, so that --help answers at once.
+# Some of these load jax: each command imports what it needs, so that --help answers at once.
 
 
 def from_hf(args: argparse.Namespace) -> None:
     """Hugging Face folder -> converted checkpoint, each weight in the dtype that it has."""
-    from longlora_jax import checkpoint, hf
+    from longlora_jax import converted, hf, hub
 
-    config, params = hf.load_hf(args.hf_dir)
-    dtype = hf.widest_dtype(params)
-    checkpoint.save_model(args.out, config, params, dtype=dtype, tokenizer_from=args.hf_dir)
+    folder = hub.local_folder(args.hf_dir)
+    converted.write_converted(args.out, *hf.open_hf(folder), tokenizer_from=folder)
 
 
 def to_hf(args: argparse.Namespace) -> None:
-    """Anything that load_model reads -> Hugging Face folder, adapters merged."""
+    """Anything that open_model opens -> Hugging Face folder, adapters merged."""
     from longlora_jax import checkpoint, hf
 
-    model = checkpoint.load_model(args.model)
-    hf.save_hf(
-        args.hf_dir,
-        model.config,
-        model.merged(),
-        dtype=args.dtype,
-        tokenizer_from=model.tokenizer_dir,
-    )
+    model = checkpoint.open_model(args.model, args.dtype)
+    hf.write_hf(args.hf_dir, model.config, model.table, tokenizer_from=model.tokenizer_dir)
+
+
+def to_peft(args: argparse.Namespace) -> None:
+    """Training workdir -> PEFT adapter, with embedding and norms where they were trained."""
+    from longlora_jax import checkpoint, peft
+
+    run, trained = checkpoint.open_adapters(args.workdir)
+    base, tokenizer = args.base or run.init_from, run.data.tokenizer or run.init_from
+    peft.save_peft(args.peft_dir, run.model, run.lora, trained, base=base, tokenizer_from=tokenizer)
+
+
+def from_peft(args: argparse.Namespace) -> None:
+    """PEFT adapter and its base -> converted checkpoint, adapter merged."""
+    from longlora_jax import converted, hub, peft
+
+    folder = hub.local_folder(args.peft_dir, what="a folder with adapter_config.json")
+    config, table, tokenizer = peft.open_peft(folder, base=args.base, window=args.window, rope_type=args.rope_type)
+    converted.write_converted(args.out, config, table, tokenizer_from=tokenizer)
 
 
 def from_gguf(args: argparse.Namespace) -> None:
     """GGUF file -> converted checkpoint, dequantized."""
-    from longlora_jax import checkpoint, gguf
+    from longlora_jax import converted, gguf
 
-    config, params, files = gguf.load_gguf(args.file, args.dtype)
+    config, table, files = gguf.open_gguf(args.file, args.dtype)
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
                 file.write(content)
-        checkpoint.save_model(args.out, config, params, dtype=args.dtype, tokenizer_from=folder)
+        converted.write_converted(args.out, config, table, tokenizer_from=folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,39 +66,58 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, function, source, target, summary, **dtype) -> None:
-        sub = commands.add_parser(name, help=summary, description=summary)
+    def command(function: Callable, source: tuple[str, str], target: str, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__.replace("_", "-"), help=summary, description=summary)
         sub.add_argument(source[0], metavar=source[0].upper(), help=source[1])
         sub.add_argument(target, metavar=target.upper(), help="folder to create; it must not exist yet")
-        if dtype:
-            sub.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], **dtype)
         sub.set_defaults(function=function, target=target)
+        return sub
 
+    dtypes = {"choices": ["float32", "bfloat16", "float16"]}
     command(
-        "from-hf",
         from_hf,
-        ("hf_dir", "folder with config.json and safetensors, one file or sharded"),
+        ("hf_dir", "folder with config.json and safetensors or pytorch_model*.bin, or a name of the hub"),
         "out",
-        "Hugging Face folder -> converted checkpoint. Not needed for training: "
+        "Hugging Face folder -> converted checkpoint; called again after a stop, it goes on. Not needed for training: "
         "train.py --config.init_from=HF_DIR reads the folder itself.",
     )
     command(
-        "to-hf",
         to_hf,
         ("model", "converted checkpoint, or workdir of train.py (its newest checkpoint)"),
         "hf_dir",
-        "converted checkpoint or training workdir -> Hugging Face folder, adapters merged into "
-        "the weights, rope scaling and window written to config.json.",
-        help="dtype of the written weights (default: the one that each weight has)",
+        "converted checkpoint or training workdir -> Hugging Face folder, adapters merged into the weights, rope "
+        "scaling and window written to config.json.",
+    ).add_argument(
+        "--dtype", **dtypes, help="dtype of the written weights (default: the one that each has, in a run its base's)"
     )
     command(
-        "from-gguf",
+        to_peft,
+        ("workdir", "workdir of train.py (its newest checkpoint)"),
+        "peft_dir",
+        "training workdir -> PEFT adapter with the trained embedding and norms, and the config that it needs.",
+    ).add_argument("--base", help="what the adapter names as its base (default: the folder that the run started from)")
+    adapter = command(
+        from_peft,
+        ("peft_dir", "folder with adapter_config.json (of PEFT, or of the original LongLoRA project), or a hub name"),
+        "out",
+        "PEFT adapter and its base -> converted checkpoint, adapter merged.",
+    )
+    adapter.add_argument("--base", help="folder or hub name of the base model (default: what the adapter names)")
+    adapter.add_argument(
+        "--window",
+        type=int,
+        help="tokens that the adapter was trained for, where its folder has no config.json of the extended model",
+    )
+    adapter.add_argument(
+        "--rope_type", choices=ROPE_TYPES, default="linear", help="how --window was reached (default: %(default)s)"
+    )
+    command(
         from_gguf,
         ("file", "GGUF file of llama.cpp's `llama` architecture"),
         "out",
         "GGUF file -> converted checkpoint with tokenizer, dequantized.",
-        default="float32",
-        help="dtype of the dequantized weights (default: %(default)s)",
+    ).add_argument(
+        "--dtype", **dtypes, default="float32", help="dtype of the dequantized weights (default: %(default)s)"
     )
     return parser
 

@@ -21,6 +21,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.kernels import kernel_name
 from longlora_jax.model import Llama, abstract_params
 from longlora_jax.patterns import FULL
+from longlora_jax.progress import progress_bar
 from longlora_jax.trainer import TrainState, compile_train_step, jit_eval_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a Python file with get_config().")
@@ -57,7 +58,7 @@ def train(config: Config, workdir: str) -> None:
 
     writer = metrics.MetricsLog(workdir, start_step=start)
     schedule = optim.make_schedule(config.optim, config.steps)
-    bar = metrics.progress_bar(config.steps, start=start, label=Path(workdir).name)
+    bar = progress_bar(config.steps, start=start, label=Path(workdir).name, unit="step")
     began, tokens, logged = time.perf_counter(), 0, start
     for step in range(start, config.steps):
         if step >= full_from and state.model.pattern != FULL:

@@ -8,19 +8,34 @@ import hashlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from longlora_jax import hf
+from longlora_jax import hf, hub
 from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
+from longlora_jax.converted import DIGESTS, is_converted, open_converted
 from longlora_jax.errors import UserError
-from longlora_jax.files import new_folder, read_json, write_json
+from longlora_jax.files import read_json, write_json
+from longlora_jax.hf_config import refuse
 from longlora_jax.lora import merge_lora
-from longlora_jax.model import Llama, abstract_params
-from longlora_jax.trainable import combine, partition, trainable_mask
+from longlora_jax.tensors import DTYPES, Tensor
+from longlora_jax.trainable import combine
+from longlora_jax.weights import (
+    adapters_of,
+    build_params,
+    cast_table,
+    flatten,
+    get_leaf,
+    merge_table,
+    params_table,
+    set_leaf,
+    table_faults,
+)
+
+_FOLDERS = "a Hugging Face folder, a converted checkpoint or a workdir"
 
 
 @dataclass
@@ -75,14 +90,18 @@ def _saved(state) -> dict:
 
 
 def fingerprint(path: str) -> str:
-    """A digest of a model folder's weights: of every safetensors file its size and 1 MiB at head, middle and tail."""
+    """A digest of a model folder's weights: of every file its size, and its digests if it has them, else 1 MiB of it at
+    head, middle and tail.
+    """
     digest = hashlib.sha256()
-    files = sorted(
-        p for p in Path(path).rglob("*") if p.is_file() and (p.suffix == ".safetensors" or "params" in p.parts)
-    )
-    for file in files:
+    digests = Path(path) / DIGESTS
+    if digests.is_file():
+        digest.update(digests.read_bytes())
+    for file in sorted(p for p in Path(path).rglob("*") if _is_weights(p, Path(path))):
         size, window = file.stat().st_size, 1 << 20
         digest.update(f"{file.relative_to(path)}:{size}".encode())
+        if digests.is_file():
+            continue
         with open(file, "rb") as stream:
             for start in sorted({0, max(size // 2 - window // 2, 0), max(size - window, 0)}):
                 stream.seek(start)
@@ -90,17 +109,8 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()
 
 
-def save_model(out: str, config: ModelConfig, params, *, dtype: str, tokenizer_from: str | None) -> None:
-    """Writes a converted checkpoint: config.json as Hugging Face has it, tokenizer files, orbax params/.
-
-    The folder is written aside and renamed when it is complete; raises UserError if `out` exists.
-    """
-    with new_folder(out) as aside:
-        write_json(os.path.join(aside, "config.json"), hf.config_to_json(config, dtype))
-        if tokenizer_from:
-            hf.copy_tokenizer(tokenizer_from, aside)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(Path(aside).absolute() / "params", params)
+def _is_weights(file: Path, folder: Path) -> bool:
+    return file.is_file() and (file.suffix in (".safetensors", ".bin") or "params" in file.relative_to(folder).parts)
 
 
 def read_run_config(workdir: str) -> Config:
@@ -135,22 +145,80 @@ def is_workdir(path: str) -> bool:
     return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").is_file()
 
 
-def load_model(path: str) -> LoadedModel:
-    """Loads a Hugging Face folder, a converted checkpoint or the newest checkpoint of a workdir."""
-    if not Path(path).is_dir():
-        raise UserError(
-            f"there is no model folder {path}: give a Hugging Face folder, a converted checkpoint or a workdir"
-        )
+class OpenModel(NamedTuple):
+    """A model on disk, not read yet: its config, its tensors with adapters merged, its tokenizer's folder."""
+
+    config: ModelConfig
+    table: dict[str, Tensor]
+    tokenizer_dir: str
+
+
+def open_model(path: str, dtype: str | None = None) -> OpenModel:
+    """Opens a Hugging Face folder (or a name of the hub), a converted checkpoint or a workdir's newest checkpoint.
+
+    Adapters are merged when a tensor is read: summed in float32 and rounded once, to dtype (a key of DTYPES).
+    None leaves every tensor in the dtype that it has on disk; what a run trained takes its base's.
+    """
+    path = hub.local_folder(path, what=_FOLDERS)
     if is_workdir(path):
-        return _load_workdir(path)
-    if not (Path(path) / "params").is_dir():
-        config, params = hf.load_hf(path)
-        return LoadedModel(config, params, None, path)
+        config, table, tokenizer_dir = _open_workdir(path, dtype)
+    elif (Path(path) / "params").is_dir():
+        (config, table), tokenizer_dir = _open_params(path), path
+    else:
+        (config, table), tokenizer_dir = hf.open_hf(path), path
+    if dtype:
+        table = cast_table(table, lambda _: DTYPES[dtype])
+    return OpenModel(config, table, tokenizer_dir)
+
+
+def load_model(path: str) -> LoadedModel:
+    """Loads whatever open_model opens into memory, the adapters of a workdir apart from their kernels."""
+    path = hub.local_folder(path, what=_FOLDERS)
+    if not is_workdir(path):
+        config, table, tokenizer_dir = open_model(path)
+        return LoadedModel(config, build_params(config, table), None, tokenizer_dir)
+    config, trained, base = _open_run(path)
+    trained = jax.tree.map(np.asarray, trained)
+    lora = config.lora if config.mode != "full" else None
+    frozen = {}
+    if lora:
+        missing = {n: t for n, t in base.items() if n not in params_table(config.model, trained)}
+        frozen = build_params(config.model, missing)
+    return LoadedModel(config.model, combine(trained, frozen), lora, _tokenizer_of(config))
+
+
+def open_adapters(workdir: str) -> tuple[Config, dict]:
+    """The config of a run and what its newest checkpoint trained: adapters, and with them embedding and norms."""
+    if not is_workdir(workdir):
+        raise UserError(f"{workdir} is not a workdir of train.py: only there are adapters apart from their model")
+    config, trained, _ = _open_run(workdir)
+    if config.mode == "full":
+        raise UserError(f"{workdir} trained every weight (mode=full), there is no adapter: use to-hf")
+    return config, trained
+
+
+def _open_params(path: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A converted checkpoint, or a param tree that orbax saved in another form of its own beside a config.json."""
+    if is_converted(path):
+        return open_converted(path)
     config = hf.load_config(path)
-    return LoadedModel(config, _restore(Path(path) / "params", abstract_params(Llama(config))), None, path)
+    table = params_table(config, _saved_tree(Path(path) / "params"))
+    refuse(path, list(table_faults(config, table)))
+    return config, table
 
 
-def _load_workdir(path: str) -> LoadedModel:
+def _open_workdir(path: str, dtype: str | None) -> tuple[ModelConfig, dict[str, Tensor], str]:
+    config, trained, base = _open_run(path)
+    model = config.model
+    table = dict(base) | params_table(model, trained)
+    if config.mode != "full":
+        table = merge_table(table, adapters_of(model, trained, config.lora.scale))
+    kinds = {name: DTYPES[dtype] if dtype else base.get(name, tensor).dtype for name, tensor in table.items()}
+    return model, cast_table(table, kinds.__getitem__), _tokenizer_of(config)
+
+
+def _open_run(path: str) -> tuple[Config, dict, dict[str, Tensor]]:
+    """(config, what it trained, the tensors of its base) of a run's newest checkpoint; nothing is read yet."""
     config = read_run_config(path)
     assert config.model is not None  # a run is saved resolved
     checkpoints = Path(path).absolute() / "checkpoints"
@@ -158,30 +226,52 @@ def _load_workdir(path: str) -> LoadedModel:
         step = manager.latest_step()
     if step is None:
         raise UserError(f"{path} has no complete checkpoint yet: train it further, or name another folder")
-    lora = config.lora if config.mode != "full" else None
-    shapes = abstract_params(Llama(config.model, lora=lora))
-    trained, _ = partition(shapes, trainable_mask(shapes, config.mode))
-    trained = _restore(checkpoints / str(step) / "state", {"trainable": trained})["trainable"]
-    tokenizer_dir = config.data.tokenizer or config.init_from
-    if config.mode == "full":
-        return LoadedModel(config.model, trained, None, tokenizer_dir)
-    check_base(path, config)
-    base = load_model(config.init_from).merged()
-    frozen = partition({**base}, _absent_from(trained, base))[0]
-    return LoadedModel(config.model, combine(trained, frozen), lora, tokenizer_dir)
+    base = {}
+    if config.mode != "full":
+        check_base(path, config)
+        base = open_model(config.init_from).table
+    return config, _saved_tree(checkpoints / str(step) / "state", "trainable"), base
 
 
-def _absent_from(trained, base):
-    """A mask over base: True where trained has no leaf of that name."""
-    return {
-        name: _absent_from(trained.get(name, {}), child) if isinstance(child, dict) else name not in trained
-        for name, child in base.items()
-    }
+def _tokenizer_of(config: Config) -> str:
+    return config.data.tokenizer or config.init_from
 
 
-def _restore(path: Path, shapes):
-    """The arrays of an orbax folder, as much of it as `shapes` names, in the dtype that each is stored in."""
+class _SavedLeaf:
+    """An array of an orbax folder, read when it is asked for; the last one read stays, its layers come in a row."""
+
+    _last: tuple[Any, Any] = (None, None)
+
+    def __init__(self, folder: Path, path: tuple[str, ...], metadata):
+        self._folder, self._path = folder, path
+        self.shape, self.dtype = metadata.shape, np.dtype(metadata.dtype)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        key, array = _SavedLeaf._last
+        if key != (self._folder, self._path):
+            array = self._read()
+            _SavedLeaf._last = ((self._folder, self._path), array)
+        return array if dtype is None else array.astype(dtype)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return np.asarray(self)[index]
+
+    def _read(self) -> np.ndarray:
+        item: dict[str, Any] = {}
+        restore: dict[str, Any] = {}
+        set_leaf(item, self._path, jax.ShapeDtypeStruct(self.shape, self.dtype))
+        set_leaf(restore, self._path, ocp.RestoreArgs(restore_type=np.ndarray))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            args = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
+            return get_leaf(checkpointer.restore(self._folder, args=args), self._path)
+
+
+def _saved_tree(folder: Path, *prefix: str) -> dict:
+    """The tree that orbax saved in a folder, or the part of it under a prefix; leaves are read when asked for."""
+    folder = folder.absolute()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
-        args = ocp.args.PyTreeRestore(item=shapes, restore_args=restore_args, partial_restore=True)
-        return checkpointer.restore(path.absolute(), args=args)
+        metadata = checkpointer.metadata(folder).item_metadata.tree
+    tree: dict[str, Any] = {}
+    for path, leaf in flatten(get_leaf(metadata, prefix)):
+        set_leaf(tree, path, _SavedLeaf(folder, (*prefix, *path), leaf))
+    return tree

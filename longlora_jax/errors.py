@@ -9,9 +9,12 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; a UserError becomes one line on standard error and exit code 2."""
+    """Runs a command; a UserError becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

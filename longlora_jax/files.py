@@ -1,5 +1,6 @@
 """Files that are read whole and folders that are written whole or not at all."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -40,16 +41,60 @@ def check_new(folder: str) -> None:
 
 
 @contextmanager
-def new_folder(folder: str) -> Iterator[str]:
-    """Gives a folder beside the wanted one to write in, and renames it when all went well."""
+def new_folder(folder: str, *, resume: bool = False) -> Iterator[str]:
+    """Gives a folder beside the wanted one to write in; when all went well it is on disk, and gets its name.
+
+    The folder beside is `.NAME.incomplete`. What an earlier process left there, killed while it wrote, is removed;
+    with resume it is kept, and what this process leaves behind when it fails is kept as well.
+    Raises UserError if `folder` holds something, cannot be written, or is being written by another process.
+    """
     check_new(folder)
     folder = os.path.abspath(folder)
-    aside = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.{os.getpid()}")
+    aside = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.incomplete")
     try:
-        os.makedirs(aside)
-        yield aside
-        os.rename(aside, folder)
+        os.makedirs(aside, exist_ok=True)
+        with _locked(aside, folder):
+            if not resume:
+                empty(aside)
+            try:
+                yield aside
+                _to_disk(aside)
+                os.rename(aside, folder)
+            except BaseException:
+                if not resume:
+                    shutil.rmtree(aside, ignore_errors=True)
+                raise
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _locked(aside: str, folder: str) -> Iterator[None]:
+    lock = os.open(aside, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is being written by another process: wait for it, or stop it") from None
+        yield
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(lock)
+
+
+def empty(folder: str) -> None:
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _to_disk(folder: str) -> None:
+    """Waits until every file of the folder is on the disk: a rename must not overtake what it names."""
+    for parent, _, names in os.walk(folder):
+        for path in (*(os.path.join(parent, name) for name in names), parent):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -14,9 +14,10 @@ from gguf import GGUFReader, ReaderTensor, dequantize
 from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.gguf_tokenizer import tokenizer_files
-from longlora_jax.hf import DTYPES, Params, build_params, shape_faults, weight_rules
 from longlora_jax.hf_config import refuse
 from longlora_jax.rope import RopeScaling, rope_frequencies
+from longlora_jax.tensors import DTYPES, Tensor
+from longlora_jax.weights import Params, build_params, cast_table, table_faults
 
 _TOP_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -49,10 +50,16 @@ Read = Callable[..., Any]
 
 
 def load_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, Params, dict[str, str]]:
-    """Reads a GGUF file of a LLaMA in any type that the `gguf` package can dequantize.
+    """As open_gguf, with the weights read into a param tree of numpy arrays."""
+    config, table, files = open_gguf(path, dtype)
+    return config, build_params(config, table), files
 
-    dtype: a key of hf.DTYPES; the weights are dequantized in float32 and then rounded to it.
-    Returns the config, the param tree of numpy arrays, and the tokenizer files {name: content}.
+
+def open_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, dict[str, Tensor], dict[str, str]]:
+    """Opens a GGUF file of a LLaMA in any type that the `gguf` package can dequantize.
+
+    dtype: a key of DTYPES; the weights are dequantized in float32, when they are read, and then rounded to it.
+    Returns the config, the tensors under Hugging Face's names, and the tokenizer files {name: content}.
     All names, shapes and types are checked before a weight is read. Raises UserError.
     """
     reader = _open(path)
@@ -64,14 +71,14 @@ def load_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, Params, d
         return default if field is None else field.contents()
 
     config = _config(path, read, tensors, divisors)
-    layers, rules = config.num_hidden_layers, weight_rules(config)
-    shapes = {name: tuple(t.shape.tolist()[::-1]) for name, t in tensors.items()}
-    faults = list(shape_faults(rules, layers, shapes))
-    refuse(path, faults + list(_type_faults(reader.tensors)))
-    tokenizer = tokenizer_files(path, read, config)
-    dtypes = {name: DTYPES[dtype] for name in tensors}
-    params = build_params(rules, layers, dtypes, lambda n: _weight(n, tensors[n], config))
-    return config, params, tokenizer
+    table = {name: _tensor(name, tensor, config) for name, tensor in tensors.items()}
+    refuse(path, [*table_faults(config, table), *_type_faults(reader.tensors)])
+    return config, cast_table(table, lambda _: DTYPES[dtype]), tokenizer_files(path, read, config)
+
+
+def _tensor(name: str, tensor: ReaderTensor, config: ModelConfig) -> Tensor:
+    shape = tuple(tensor.shape.tolist()[::-1])
+    return Tensor(DTYPES["float32"], shape, lambda: _weight(name, tensor, config))
 
 
 def _open(path: str) -> GGUFReader:

@@ -65,21 +65,6 @@ def _keep_until(path: Path, step: int) -> None:
     aside.replace(path)
 
 
-def progress_bar(total: int, *, start: int, label: str):
-    """A progress bar with the time left on standard error; silent text when that is no terminal."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=start,
-        desc=label,
-        unit="step",
-        mininterval=0.5 if terminal else 15,
-        maxinterval=0.5 if terminal else 15,
-        dynamic_ncols=terminal,
-        ncols=None if terminal else 100,
-    )
-
-
 def census_lines(groups: dict[str, dict[str, int]]) -> list[str]:
     """The census of trainable.census as aligned lines, totals last."""
     rows = [(name, g["trainable"], g["frozen"]) for name, g in groups.items()]

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from longlora_jax import checkpoint, hf, optim, sharding, trainable
+from longlora_jax import checkpoint, hf, hub, optim, sharding, trainable
 from longlora_jax.config import Config, DataConfig, ModelConfig, validate
 from longlora_jax.data import load_tokenizer, pack_documents, read_documents, tokenize_documents
 from longlora_jax.errors import UserError
@@ -26,12 +25,8 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     validate(config)
     config = dataclasses.replace(config)
     if config.init_from:
-        if not Path(config.init_from).is_dir():
-            raise UserError(
-                f"init_from={config.init_from} is not a folder: give a Hugging Face folder or a converted checkpoint "
-                "on this machine (a model of the hub: hf download NAME --local-dir DIR)"
-            )
-        config.init_from = str(Path(config.init_from).absolute())
+        folder = hub.local_folder(config.init_from, what="a Hugging Face folder or a converted checkpoint")
+        config.init_from = str(Path(folder).absolute())
         base = hf.load_config(config.init_from)
         if config.model is not None:
             check_same_shape(config.model, base, config.init_from)
@@ -140,20 +135,18 @@ def initial_state(config: Config, model: Llama, mesh):
     shardings = sharding.weight_shardings(mesh, logical_axes(model), shapes)
     mask = trainable.trainable_mask(shapes, config.mode)
     key = jax.random.PRNGKey(config.seed)
+    dtypes = jax.tree.map(lambda trains: _dtype(config, trains), mask)
     if config.init_from:
-        base = checkpoint.load_model(config.init_from).merged()
+        table = checkpoint.open_model(config.init_from).table
+        base = sharding.place_weights(config.model, table, shardings, dtypes)
         is_new = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("lora_"), shapes)
-        adapters = jax.jit(lambda key: trainable.partition(init_params(model, key), is_new)[0])(key)
-        params = trainable.combine(adapters, base)
-
-        def place(leaf, trains, where):  # cast on the host: no device ever holds a whole sharded weight
-            return jax.device_put(np.asarray(leaf).astype(_dtype(config, trains), copy=False), where)
-
-        params = jax.tree.map(place, params, mask, shardings)
+        fresh = trainable.partition(shardings, is_new)[0]
+        adapters = jax.jit(lambda key: trainable.partition(init_params(model, key), is_new)[0], out_shardings=fresh)
+        params = trainable.combine(adapters(key), base)
     else:
 
         def random(key):
-            return jax.tree.map(lambda x, trains: x.astype(_dtype(config, trains)), init_params(model, key), mask)
+            return jax.tree.map(lambda x, dtype: x.astype(dtype), init_params(model, key), dtypes)
 
         params = jax.jit(random, out_shardings=shardings)(key)
     trains, frozen = trainable.partition(params, mask)

@@ -1,14 +1,18 @@
 """Where everything lives: the mesh, one table of logical axes, and the shardings that follow from it."""
 
+import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlora_jax.config import MeshConfig
+from longlora_jax.config import MeshConfig, ModelConfig
 from longlora_jax.errors import UserError
+from longlora_jax.tensors import Tensor, reading
+from longlora_jax.weights import Params, Rule, Table, get_leaf, set_leaf, weight_rules
 
 log = logging.getLogger(__name__)
 
@@ -78,3 +82,45 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
             "make batch_size / accumulation a multiple, or use fewer devices (mesh.data, mesh.fsdp)"
         )
     return NamedSharding(mesh, BATCH)
+
+
+def place_weights(config: ModelConfig, table: Table, shardings, dtypes) -> Params:
+    """Reads a model straight onto the mesh: a param tree of arrays in these shardings and dtypes (trees of both).
+
+    A host holds one tensor at a time, or rather its own rows of it: every device is given a share of the rows, cut
+    over all axes of the mesh as far as they divide them, and passes on to the others what is theirs. So the hosts
+    together read each tensor once, in whole rows, however it is sharded in the end.
+    """
+    params: Params = {}
+    with reading("reading weights", table.values()) as read:
+        for rule in weight_rules(config):
+            sharding, dtype = get_leaf(shardings, rule.path), get_leaf(dtypes, rule.path)
+            rows = NamedSharding(sharding.mesh, _row_spec(rule, sharding.mesh))
+            shape = (config.num_hidden_layers,) * rule.layered + rule.shape
+            leaf = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+            put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+            for i, name in enumerate(rule.names(config.num_hidden_layers)):
+                leaf = put(leaf, _read_block(table[name], rule, rows, read), i)
+                leaf.block_until_ready()  # else tensors that wait for their transfer pile up on the host
+            set_leaf(params, rule.path, leaf)
+    return params
+
+
+def _row_spec(rule: Rule, mesh: Mesh) -> P:
+    """Hugging Face's first axis over as many axes of the mesh as divide it."""
+    axis, ways, axes = rule.axes_in_hf_order()[0], 1, []
+    for name, size in mesh.shape.items():
+        if rule.shape[axis] % (ways * size) == 0:
+            ways, axes = ways * size, [*axes, name]
+    return P(*[None] * axis, tuple(axes))
+
+
+def _read_block(tensor: Tensor, rule: Rule, sharding: NamedSharding, read) -> jax.Array:
+    array = rule.to_ours(read(tensor))  # a view: what no device here asks for is not read
+    return jax.make_array_from_callback(rule.shape, sharding, lambda index: array[index])
+
+
+def _put(leaf, block, i):
+    start = (0,) * block.ndim if block.ndim == leaf.ndim else (i, *(0,) * block.ndim)
+    block = block.astype(leaf.dtype).reshape((1,) * (leaf.ndim - block.ndim) + block.shape)
+    return jax.lax.dynamic_update_slice(leaf, block, start)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch
 from safetensors.numpy import load_file, save_file
 
 from longlora_jax.config import ModelConfig
@@ -320,7 +322,10 @@ FAULTS = {
         lambda f: (f / "model.safetensors").write_bytes(b"\x10" + bytes(7) + b"{" * 40),
         "model.safetensors is damaged or cut off",
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "has no weights: neither model.safetensors nor pytorch_model.bin",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "broken config": (
         lambda f: (f / "config.json").write_text("{\n\n"),
@@ -431,12 +436,30 @@ def test_an_index_that_promises_too_much_is_refused(tmp_path):
         load_hf(str(tmp_path))
 
 
-def test_pytorch_folders_and_missing_folders_get_advice(tmp_path):
-    """Catches: an old checkpoint refused without a way out."""
-    save_tiny(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="save the model again with save_pretrained"):
-        load_hf(str(tmp_path))
+@pytest.mark.parametrize("shards", ["1GB", "9KB"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_pytorch_folders_are_read_bit_for_bit(dtype, shards, tmp_path):
+    """Catches: an old checkpoint that reads other weights than torch does, or only half of its shards."""
+    model = tiny_model(dtype, num_key_value_heads=2)
+    source = save_tiny(tmp_path / "source", model, max_shard_size=shards)
+    bins = tmp_path / "bins"
+    bins.mkdir()
+    shutil.copy(tmp_path / "source" / "config.json", bins)
+    for file in (tmp_path / "source").glob("*.safetensors"):
+        name = file.name.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+        torch.save(safetensors.torch.load_file(file), bins / name)
+    if (tmp_path / "source" / "model.safetensors.index.json").exists():
+        weight_map = {
+            name: file.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+            for name, file in shard_index(tmp_path / "source")["weight_map"].items()
+        }
+        (bins / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    save_hf(str(tmp_path / "target"), *load_hf(str(bins)))
+    assert read_raw(tmp_path / "target") == read_raw(source)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    """Catches: a traceback for a mistyped path."""
     with pytest.raises(UserError, match="nowhere is not a folder"):
         load_hf(str(tmp_path / "nowhere"))
 

@@ -12,12 +12,12 @@ PACKAGE = ROOT / "longlora_jax"
 SCRIPTS = {"train", "convert_weights"}
 # Each room may import those before it. A folder is one room.
 ORDER = (
-    *("errors", "files", "rope", "patterns", "config", "presets", "losses", "lora", "trainable"),
-    *("data", "hf_config", "hf", "gguf_tokenizer", "gguf"),
+    *("errors", "files", "progress", "rope", "patterns", "config", "presets", "losses", "lora", "trainable", "data"),
+    *("hub", "tensors", "torch_files", "hf_config", "weights", "hf", "peft", "gguf_tokenizer", "gguf"),
     *("kernels", "attention", "optim", "sharding"),
-    *("model", "trainer", "checkpoint", "metrics", "run", "evals", "quickstart"),
+    *("model", "trainer", "converted", "checkpoint", "metrics", "run", "evals", "quickstart"),
 )
-WITHOUT_JAX = ("data", "files", "hf_config", "hf", "gguf_tokenizer", "gguf")
+WITHOUT_JAX = ("data", "files", "progress", *ORDER[ORDER.index("hub") : ORDER.index("kernels")])
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 

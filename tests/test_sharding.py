@@ -10,9 +10,10 @@ from tiny import random_batch, random_params, tiny_config
 
 from longlora_jax.config import LoraConfig, MeshConfig
 from longlora_jax.errors import UserError
+from longlora_jax.hf import open_hf, save_hf
 from longlora_jax.model import Llama, abstract_params, logical_axes
 from longlora_jax.patterns import Pattern
-from longlora_jax.sharding import batch_sharding, make_mesh, weight_shardings
+from longlora_jax.sharding import batch_sharding, make_mesh, place_weights, weight_shardings
 from longlora_jax.trainable import partition, trainable_mask
 from longlora_jax.trainer import TrainState, jit_train_step
 
@@ -126,3 +127,21 @@ def test_what_cannot_be_cut_is_named_with_the_way_out():
     assert "q_proj" not in message and "\n" not in message
     with pytest.raises(UserError, match=r"3 rows a step .* data x fsdp = 2 .* batch_size / accumulation"):
         batch_sharding(mesh, 3)
+
+
+@needs_8
+@pytest.mark.parametrize("axes", [(1, 1, 1), (1, 2, 4), (2, 4, 1), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_folder_lands_on_the_mesh_as_it_is(axes, tied, tmp_path):
+    """Catches: rows of one device's share that end in another place, a cast that is forgotten, a layer put twice."""
+    config = tiny_config(num_key_value_heads=4, vocab_size=40, tie_word_embeddings=tied, attention_bias=True)
+    model = Llama(config)
+    params = random_params(model)
+    save_hf(str(tmp_path / "model"), config, params)
+    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
+    shardings = weight_shardings(mesh, logical_axes(model), abstract_params(model))
+    dtypes = jax.tree.map(lambda x: jnp.dtype("float32" if x.ndim == 2 else "bfloat16"), params)
+    placed = place_weights(config, open_hf(str(tmp_path / "model"))[1], shardings, dtypes)
+    assert jax.tree.map(lambda x: x.sharding, placed) == shardings
+    jax.tree.map(lambda x, y, d: np.testing.assert_array_equal(x, y.astype(d)), placed, params, dtypes)
+    assert jax.tree.map(lambda x: jnp.dtype(x.dtype), placed) == dtypes

@@ -12,7 +12,6 @@ import functools
 import logging
 import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from longlora_jax import errors
 from longlora_jax.checkpoint import LoadedModel, load_model
@@ -32,6 +30,7 @@ from longlora_jax.files import write_json
 from longlora_jax.losses import token_nll
 from longlora_jax.model import Llama, output_kernel
 from longlora_jax.patterns import FULL, Pattern
+from longlora_jax.progress import progress_bar
 from longlora_jax.rope import ROPE_TYPES, extend_rope
 
 BLOCK = 256  # neighbouring targets that standard_error takes for one observation
@@ -74,8 +73,9 @@ def plan_windows(
 
 def on_device(model: LoadedModel, dtype: str) -> LoadedModel:
     """The model with adapters merged and every weight on the device in dtype; cheap where that is so already."""
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), model.merged())
-    return dataclasses.replace(model, params=params, lora=None)
+    # Cast first: a merged kernel that is rounded to bfloat16 is not what was trained.
+    model = dataclasses.replace(model, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), model.params))
+    return dataclasses.replace(model, params=model.merged(), lora=None)
 
 
 def stretch_rope(config: ModelConfig, seq_len: int, rope_type: str, factor: float | None = None) -> ModelConfig:
@@ -123,7 +123,7 @@ def evaluate(
     params = on_device(model, dtype).params
     rows = min(batch_size or max(TOKENS_AT_ONCE // seq_len, 1), len(windows))
     nll = np.empty((len(windows), seq_len - 1), np.float32)
-    with _progress(len(windows), label or f"{seq_len:,} tokens") as bar:
+    with progress_bar(len(windows), label=label or f"{seq_len:,} tokens", unit="window") as bar:
         for first in range(0, len(windows), rows):
             batch = windows[first : first + rows]
             # The last batch repeats its last window, so that every batch has one shape and is compiled once.
@@ -184,11 +184,6 @@ def standard_error(nll: np.ndarray) -> float | None:
     if blocks.size < 2:
         return None
     return float(np.sqrt(blocks.size / (blocks.size - 1) * np.sum(blocks**2)) / nll.size)
-
-
-def _progress(total: int, label: str):
-    every = 0.5 if sys.stderr.isatty() else 15
-    return tqdm(total=total, desc=label, unit="window", mininterval=every, maxinterval=every)
 
 
 # The command

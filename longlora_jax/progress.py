@@ -1,0 +1,24 @@
+"""Progress of long work on standard error."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def progress_bar(total: int, *, label: str, unit: str, start: int = 0) -> tqdm:
+    """A progress bar with the time left; where standard error is no terminal, a line of text now and then.
+
+    unit: "B" counts bytes, shown in MB and GB; anything else is counted as it is.
+    """
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=label,
+        unit=unit,
+        unit_scale=unit == "B",
+        mininterval=0.5 if terminal else 15,
+        maxinterval=0.5 if terminal else 15,
+        dynamic_ncols=terminal,
+        ncols=None if terminal else 100,
+    )

@@ -1,0 +1,170 @@
+"""Tensors in files, read when they are asked for: the safetensors format, both ways.
+
+A model of any size is handled as a table {name: Tensor}: nothing is held but the tensor in hand.
+"""
+
+import json
+import math
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from longlora_jax.progress import progress_bar
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+SAFETENSORS = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"]}
+_CODES = {dtype: code for code, dtype in SAFETENSORS.items()}
+_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+_LONGEST = 4096  # no name or dtype in a header is longer
+
+
+class Tensor(NamedTuple):
+    """A tensor that is read when it is asked for.
+
+    dtype: a numpy dtype, or the file's own word for one that models are not stored in. read() gives an array of
+    this shape and dtype, perhaps a read-only view of the file: then only the parts that are used are read.
+    """
+
+    dtype: np.dtype | str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes, for a dtype that is known."""
+        assert isinstance(self.dtype, np.dtype), f"{self.dtype} should have been refused"
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextmanager
+def reading(label: str, tensors: Iterable[Tensor]) -> Iterator[Callable[[Tensor], np.ndarray]]:
+    """Gives read(tensor) -> array, which moves a progress bar over the bytes of all these tensors."""
+    with progress_bar(sum(tensor.nbytes for tensor in tensors), label=label, unit="B") as bar:
+
+        def read(tensor: Tensor) -> np.ndarray:
+            array = tensor.read()
+            bar.update(tensor.nbytes)
+            return array
+
+        yield read
+
+
+def mapped(path: str, offset: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A read-only view, in C order, of a part of a file; the mapping ends with the last view of it.
+
+    Not a plain read: a shard of the tensor costs only its own pages, and no copy is made.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return np.empty(shape, dtype)
+    start = offset - offset % mmap.ALLOCATIONGRANULARITY
+    with open(path, "rb") as file:
+        view = mmap.mmap(file.fileno(), size + offset - start, offset=start, access=mmap.ACCESS_READ)
+    return np.frombuffer(view, dtype, count=size // dtype.itemsize, offset=offset - start).reshape(shape)
+
+
+def open_safetensors(path: str) -> dict[str, Tensor]:
+    """The tensors of a file, its header checked against the format and against the file's size.
+
+    Raises ValueError (what is wrong, in a few words) or OSError. Format: huggingface.co/docs/safetensors.
+    """
+    header, begin, size = _read_header(path)
+    header.pop("__metadata__", None)
+    tensors, ranges = {}, []
+    for name, entry in header.items():
+        dtype, shape, (start, end) = _entry(name, entry)
+        if not 0 <= start <= end <= size - begin:
+            raise ValueError(f"{name} lies at bytes {start} to {end} of {size - begin}")
+        if isinstance(dtype, np.dtype) and (end - start) != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} has {end - start} bytes, not those of {dtype} {list(shape)}")
+        ranges.append((start, end, name))
+        tensors[name] = Tensor(dtype, shape, _reader(path, begin + start, dtype, shape))
+    at = 0
+    for start, end, name in sorted(ranges):
+        if start != at:
+            raise ValueError(f"{name} starts at byte {start}, where {at} is expected")
+        at = end
+    if at != size - begin:
+        raise ValueError(f"{size - begin - at} bytes belong to no tensor")
+    return tensors
+
+
+def _read_header(path: str) -> tuple[dict[str, Any], int, int]:
+    """(header, where the data begin, size of the file)."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+            raise ValueError(f"its header would have {length} bytes, the file has {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("its header is nested too deeply") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table")
+    return header, 8 + length, size
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is in it twice")
+    return content
+
+
+def _no_constant(text: str):
+    raise ValueError(f"{text} is no number of a header")
+
+
+def _entry(name: str, entry: Any) -> tuple[np.dtype | str, tuple[int, ...], tuple[int, int]]:
+    fields = entry if isinstance(entry, dict) else {}
+    code, shape, span = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if len(name) > _LONGEST or not isinstance(code, str) or len(code) > _LONGEST:
+        raise ValueError(f"the entry of {name[:80]} is not one of a tensor")
+    for numbers in (shape, span):
+        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+            raise ValueError(f"the entry of {name} has no shape and data_offsets of whole numbers")
+    if len(span) != 2:
+        raise ValueError(f"data_offsets of {name} are {len(span)} numbers, not 2")
+    return SAFETENSORS.get(code, code), tuple(shape), (span[0], span[1])
+
+
+def _reader(path: str, offset: int, dtype: np.dtype | str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        assert isinstance(dtype, np.dtype), f"{path} holds {dtype}: refused before it is read"
+        return mapped(path, offset, dtype, shape)
+
+    return read
+
+
+def write_safetensors(path: str, tensors: Mapping[str, Tensor], arrays: Iterable[np.ndarray]) -> None:
+    """Writes a file whose tensors come one after the other: only the one in hand is held.
+
+    tensors give names, dtypes and shapes; arrays their contents in the same order.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    at = 0
+    for name, tensor in tensors.items():
+        offsets = [at, at + tensor.nbytes]
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        at = offsets[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data are aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for (name, tensor), array in zip(tensors.items(), arrays, strict=True):
+            assert array.shape == tensor.shape and array.dtype == tensor.dtype, name
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
