@@ -66,7 +66,7 @@ def main() -> None:
     print(f"\nPerplexity under full attention of files it never saw: {', '.join(HELD_OUT)}\n")
     print(format_table(table))
     print(f"\n{minutes:.1f} minutes. Picture: {args.out}/quickstart.png")
-    print(f"The extended model, for transformers, llama.cpp and others: {args.out}/extended-hf")
+    print(f"The extended model, as transformers and others read it: {args.out}/extended-hf")
 
 
 def evaluate_all(folder: Path, scored_tokens: int) -> dict[str, list[dict]]:

@@ -248,6 +248,24 @@ def test_a_killed_conversion_goes_on_and_an_export_starts_clean(tmp_path):
     assert raw(open_hf(str(tmp_path / "hf"))[1]) == raw(open_hf(str(source))[1])
 
 
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Catches: a leaf or a shard that is held whole; mapped pages that are never given back."""
+    big_folder(tmp_path / "big")
+    save_hf(str(tmp_path / "small"), tiny_config(), build_params(tiny_config(), random_table(tiny_config())))
+
+    def peak(*arguments):
+        process = convert(*arguments)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return usage.ru_maxrss * 1024
+
+    peaks = {size: peak("from-hf", tmp_path / size, tmp_path / f"{size}-out") for size in ("small", "big")}
+    assert peaks["big"] - peaks["small"] < 120e6  # of 208 MB; two tensors of up to 41 MB and two buffers of 17 MB
+    peaks = {size: peak("to-hf", tmp_path / f"{size}-out", tmp_path / f"{size}-hf") for size in ("small", "big")}
+    assert peaks["big"] - peaks["small"] < 150e6  # one tensor and what the file system's threads hold of it
+
+
 def test_ctrl_c_is_one_line(tmp_path):
     """Catches: a traceback for a user who stops what may be gone on with."""
     big_folder(tmp_path / "source")
