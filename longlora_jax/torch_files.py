@@ -24,7 +24,6 @@ from longlora_jax.tensors import DTYPES, Tensor, mapped
 _PICKLE_LIMIT = 4_000_000
 _DIRECTORY_LIMIT = 16_000_000  # bytes of the zip's list of entries, each some 70
 _ABSURD = 2**48  # elements
-_LONGEST = 4096  # no name is longer
 _LATEST_VERSION = 10  # kMaxSupportedFileFormatVersion in PyTorch's caffe2/serialize/versions.h
 _OLD_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # MAGIC_NUMBER, little endian, as a pickle before 1.6 starts
 _ALONE = "save the table of tensors alone, as state_dict() gives it"
@@ -141,8 +140,9 @@ def _entries(file: BinaryIO, size: int) -> dict[str, _Entry]:
 
 def _entry(file: BinaryIO, size: int, info: zipfile.ZipInfo) -> _Entry:
     name = _shown(info.orig_filename)
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-        raise ValueError(f"its entry {name} is compressed or encrypted: torch.save stores them plain")
+    odd = info.compress_type or info.flag_bits & 1 or info.external_attr & 0x10  # torch reads rubbish from folders
+    if odd or info.compress_size != info.file_size:
+        raise ValueError(f"its entry {name} is compressed, encrypted or a folder: torch.save stores plain files")
     file.seek(min(info.header_offset, size))
     header = file.read(30)
     if len(header) != 30 or not header.startswith(b"PK\3\4"):
@@ -337,7 +337,7 @@ def _meaning(name: str) -> _Function | _Kind:
 
 
 def _word(value: Any) -> str:
-    if type(value) is not str or len(value) > _LONGEST or not value.isprintable():
+    if type(value) is not str or len(value) > 4096 or not value.isprintable():
         raise ValueError(f"its pickle has something else where a name is needed: {_ALONE}")
     return value
 

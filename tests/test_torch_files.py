@@ -45,7 +45,8 @@ def tables():
         "dtypes": {str(dtype): random_bits(3, 5, dtype=dtype) for dtype in FLOATS},
         "views": views | {"swapped": random_bits(2, 3, 4, dtype=torch.bfloat16).permute(2, 0, 1)},
         "tied": {"embed": base, "head": base, "same": base.view(48)},
-        "small": {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "end": base[6:, 8:], "ones": base[:1, :1]},
+        "small": {"scalar": torch.tensor(1.5), "ones": base[:1, :1]},
+        "empty": {"rows": torch.empty(0, 3), "columns": torch.empty(3, 0), "end": base[6:, 8:]},
         "none": {},
         "umlauts": {"größe.weight": base},
     }
@@ -74,12 +75,13 @@ def entries_of(path):
         return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
 
 
-def pack(path, entries, method=zipfile.ZIP_STORED):
-    """Writes a file of these entries, as zipfile does it: nothing is aligned."""
+def pack(path, entries, method=zipfile.ZIP_STORED, edit=lambda archive: None):
+    """Writes a file of these entries, as zipfile does it: nothing is aligned; edit changes its list of entries."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, content in entries.items():
             archive.writestr(f"folder/{name}", content)
+        edit(archive)
     path.write_bytes(buffer.getvalue())
     return str(path)
 
@@ -98,8 +100,8 @@ def written(tmp_path, few_entries):
 class Call:
     """Pickled as a call of a function."""
 
-    def __init__(self, function, *args, state=None):
-        self.reduced = (function, args) if state is None else (function, args, state)
+    def __init__(self, function, *args):
+        self.reduced = (function, args)
 
     def __reduce__(self):
         return self.reduced
@@ -175,10 +177,8 @@ def test_other_dtypes_stay_words(tmp_path):
     names = "float64 int8 uint8 int16 int32 int64 bool complex64 complex128".split()
     table = {name: torch.ones(3, 2).to(getattr(torch, name)) for name in names} | {"w": torch.ones(2)}
     found = open_torch(save(tmp_path / "a.bin", table))
-    assert {name: tensor.dtype for name, tensor in found.items()} == dict(zip(names, names, strict=True)) | {
-        "w": np.float32
-    }
-    assert found["int64"].shape == (3, 2)
+    assert all(type(found[name].dtype) is str and found[name].dtype == name for name in names)
+    assert found["w"].dtype == np.float32 and found["int64"].shape == (3, 2)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="counts resident pages")
@@ -261,9 +261,14 @@ def test_other_formats_are_refused(tmp_path):
     assert "TorchScript" in refused(str(path))
     for protocol in (0, 1):
         assert "protocol 2 to 5" in refused(save(path, {"w": torch.ones(2)}, pickle_protocol=protocol))
-    for content in (b"", b"PK\3\4", b"version https://git-lfs.github.com/spec/v1\n", bytes(1000)):
+    for content, reason in (
+        (b"", "no zip file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "no zip file"),
+        (b"PK\3\4" + bytes(99), "no whole zip file"),
+        (b"PK\5\6" + bytes(18), "no zip file"),
+    ):
         path.write_bytes(content)
-        refused(str(path))
+        assert reason in refused(str(path))
     with pytest.raises(OSError):
         open_torch(str(tmp_path / "missing.bin"))
     with pytest.raises(OSError):
@@ -434,27 +439,30 @@ def test_good_descriptions_are_read(written, protocol):
     check(written(pickled(turned, protocol)), {"w": torch.arange(6.0).reshape(2, 3).t()})
 
 
-@pytest.mark.parametrize(
-    "program",
-    [
-        *(b"", b".", b"\x80", b"\x80\x02", b"\x80\x02.", b"\x80\x06}.", b"}.", b"\x80\x02}", b"\x80\x02}.}"),
-        *(b"\x80\x02}}.", b"\x80\x02}(.", b"\x80\x02(}.", b"\x80\x02}\x80\x02.", b"\x80\x02t.", b"\x80\x02\x85."),
-        *(b"\x80\x02s.", b"\x80\x02u.", b"\x80\x02(u.", b"\x80\x02}(K\1u.", b"\x80\x02}(K\1K\1u.", b"\x80\x02}NNs."),
-        *(
-            b"\x80\x02N" + word("w") + b"Ns.",
-            b"\x80\x02}(" + (word("w") + b"N") * 2 + b"u.",
-            b"\x80\x02b.",
-            b"\x80\x02}}b.",
-        ),
-        *(b"\x80\x02h\0.", b"\x80\x02q\0.", b"\x80\x02}q\1.", b"\x80\x02}q\0q\0.", b"\x80\x02}q\0h\1."),
-        *(b"\x80\x02R.", b"\x80\x02}R.", b"\x80\x02})R.", b"\x80\x02Q.", b"\x80\x02" + word("OrderedDict") + b")R."),
-        *(b"\x80\x04\x93.", b"\x80\x04NN\x93.", b"\x80\x02" + ORDERED + b"Nb.", b"\x80\x02X\1\0\0\0\xff."),
-        *(b"\x80\x02c\xff\n\xff\n.", b"\x80\x02X\3\0\0\0\xed\xa0\x80.", b"\x80\x04\x95\3\0\0\0\0\0\0\0}."),
-    ],
-)
+def frame(length):
+    return b"\x95" + struct.pack("<Q", length)
+
+
+DAMAGED = [b"", b".", b"\x80", b"\x80\2", b"\x80\6}.", b"}.", b"\x80\2\x80\2}.", b"\x80\2\xff."]
+DAMAGED += [
+    b"\x80\4" + program
+    for program in (
+        *(b".", b"}", b"}.}", b"}}.", b"}(.", b"(}.", b"t.", b"\x85.", b"R.", b"}R.", b"})R.", b"b.", b"}}b.", b"Q."),
+        *(b"s.", b"u.", b"(u.", b"}NNs.", b"}K\1K\1s.", b"}(K\1K\1u.", b"}(" + word("w") + b"u.", b"Nh\0."),
+        *(b"N" + word("w") + b"Ns.", b"}" + (word("w") + b"Ns") * 2 + b".", b"}X\3\0\0\0\xed\xa0\x80Ns."),
+        *(b"h\0.", b"q\0.", b"}q\1.", b"}q\0q\0.", b"}q\0h\1.", b"\x93.", b"NN\x93.", ORDERED + b"Nb."),
+        *(word("OrderedDict") + b")R.", b"X\1\0\0\0\xff.", b"c\xff\n\xff\n.", b"S'\\H'\n.", frame(2**63) + b"}."),
+        *(frame(3) + b"}.", frame(3) + ORDERED + b".", frame(11) + frame(2) + b"}."),
+    )
+]
+
+
+@pytest.mark.parametrize("program", DAMAGED)
 def test_damaged_programs_are_refused(written, program):
-    """Catches: IndexError, KeyError and the like from a program that takes what is not there."""
-    refused(written(program))
+    """Catches: IndexError, KeyError, a warning and the like from a program that takes what is not there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "its pickle" in refused(written(program)) or "in it" in refused(written(program))
 
 
 def test_files_cut_off_are_refused(tmp_path):
@@ -470,7 +478,6 @@ def test_files_cut_off_are_refused(tmp_path):
 def test_damaged_archives_are_refused(tmp_path):
     """Catches: bytes of another place, of another byte order or still compressed, read as weights."""
     path, table = tmp_path / "a.bin", {"w": torch.arange(64.0), "v": torch.ones(3)}
-
     entries = entries_of(save(path, table))
 
     def changed(name, content):
@@ -494,8 +501,27 @@ def test_damaged_archives_are_refused(tmp_path):
     at = content.index(entries["data.pkl"]) + 60
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     assert "checksum" in refused(path)
+    path.write_bytes(content.replace(b"PK\3\4", b"PK\3\5").replace(b"PK\3\5", b"PK\3\4", 1))
+    assert "has no header" in refused(path)
     path.write_bytes(b"PK\3\4" + content)
     assert "do not start with the file" in refused(path)
+    for field, value, reason in [
+        ("flag_bits", 1, "compressed, encrypted or a folder"),
+        ("compress_type", zipfile.ZIP_DEFLATED, "compressed, encrypted or a folder"),
+        ("compress_size", 255, "compressed, encrypted or a folder"),
+        ("external_attr", 0x10, "compressed, encrypted or a folder"),
+        ("header_offset", len(content), "has no header"),
+        ("header_offset", 2**64 - 1, "has no header"),
+        ("filename", "elsewhere/data/0", "not in one folder"),
+        ("comment", b"none", None),
+    ]:
+
+        def edit(archive, field=field, value=value):
+            archive.comment = b"PK\3\4" + bytes(8)  # a short header, where one entry below points
+            setattr(archive.getinfo("folder/data/0"), field, value)
+
+        pack(path, entries, edit=edit)
+        assert reason in refused(path) if reason else open_torch(path)["w"].shape == (64,)
 
 
 def test_a_long_list_of_entries_is_refused(tmp_path, monkeypatch):
@@ -510,7 +536,8 @@ class Known(pickle.Unpickler):
     """torch's own unpickler for the protocols that weights_only does not know, kept from running anything."""
 
     def find_class(self, module, name):
-        assert name in ("OrderedDict", REBUILD.__name__, PARAMETER.__name__)
+        known = [("collections", "OrderedDict"), *((f.__module__, f.__name__) for f in (REBUILD, PARAMETER))]
+        assert (module, name) in known
         return super().find_class(module, name)
 
 
@@ -576,10 +603,10 @@ def test_fuzzed_pickles_are_refused_or_read_as_torch_does(tmp_path, protocol):
     """Catches: any other error than ValueError, and any tensor that torch reads differently."""
     rng, path, read = random.Random(protocol), tmp_path / "a.bin", 0
     entries = entries_of(save(path, OrderedDict(FUZZED), pickle_protocol=protocol))
-    for _ in range(1500):
+    for _ in range(1000):
         changed = {"data.pkl": mutated(entries["data.pkl"], rng, times=rng.choice([1, 1, 2, 5]))}
         read += accepted(pack(path, entries | changed))
-    assert 30 < read < 750  # both ends are reached
+    assert 20 < read < 500  # both ends are reached
 
 
 def test_fuzzed_archives_are_refused_or_read_as_torch_does(tmp_path):
@@ -590,10 +617,10 @@ def test_fuzzed_archives_are_refused_or_read_as_torch_does(tmp_path):
     rng, path, read = random.Random(1), tmp_path / "a.bin", 0
     save(path, FUZZED)
     content = path.read_bytes()
-    for _ in range(1500):
+    for _ in range(1000):
         path.write_bytes(mutated(content, rng, times=1))
         read += accepted(str(path), otherwise=FUZZED)
-    assert 30 < read < 750
+    assert 20 < read < 500
 
 
 def test_random_programs_are_refused_or_read_as_torch_does(written):
@@ -615,7 +642,7 @@ def test_random_programs_are_refused_or_read_as_torch_does(written):
         b"}" + word("a"),
         b"}b",
     ]
-    for _ in range(1500):
+    for _ in range(1000):
         body = b"".join(rng.choice(items if rng.random() < 0.7 else odd) for _ in range(rng.randrange(6)))
         read += accepted(written(b"\x80" + rng.choice([b"\2", b"\4"]) + rng.choice([b"}", ORDERED]) + body + b"."))
-    assert 30 < read < 750
+    assert 20 < read < 500
