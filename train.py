@@ -35,7 +35,7 @@ def train(config: Config, workdir: str) -> None:
     config, resumed = run.resolve(config, workdir)
     mesh = sharding.make_mesh(config.mesh)
     batch_sharding = sharding.batch_sharding(mesh, config.batch_size // config.accumulation)
-    model = run.build_model(config)
+    model = run.build_model(config, mesh)
     data = batches(run.read_windows(config.data, config), batch_size=config.batch_size, seed=config.seed)
     evaluate = Evaluation(config, model) if config.eval.every else None
     state, frozen = run.initial_state(config, model, mesh)

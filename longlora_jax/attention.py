@@ -21,20 +21,29 @@ def attend(q, k, v, pattern: Pattern, *, segment_ids=None):
     own segment only; give padding a segment of its own). Any T, any G. Returns [B, T, N, H] in q's dtype; scores
     and softmax are float32. arXiv:2309.12307, section 3.2.
     """
-    if pattern.name == "full":
-        return causal_attention(q, k, v, segment_ids)
     if pattern.name in ABLATIONS:
         return _by_predicate(q, k, v, pattern, segment_ids)
-    t, g = q.shape[1], pattern.group_size
-    if pattern.name == "short":
-        return _pieces(q, k, v, segment_ids, first=g, group=g)
-    plain = plain_heads(q.shape[2])
-    q1, k1, v1 = _heads(q, k, v, 0, plain)
-    out = [_pieces(q1, k1, v1, segment_ids, first=g, group=g)]
-    if plain < q.shape[2]:
-        q2, k2, v2 = _heads(q, k, v, plain, q.shape[2])
-        out.append(_shifted(q2, k2, v2, segment_ids, pattern, t, g))
+    parts = parts_of(q, k, v, pattern)
+    out = [attend_part(*part, pattern, i, segment_ids) for i, part in enumerate(parts)]
     return jnp.concatenate(out, axis=2)
+
+
+def parts_of(q, k, v, pattern: Pattern) -> list[tuple]:
+    """The heads that see the same, as [(q, k, v)]: all of them, or the plain half and the shifted half."""
+    plain = plain_heads(q.shape[2])
+    if pattern.name in ("full", "short") or plain == q.shape[2]:
+        return [(q, k, v)]
+    return [_heads(q, k, v, 0, plain), _heads(q, k, v, plain, q.shape[2])]
+
+
+def attend_part(q, k, v, pattern: Pattern, part: int, segment_ids=None):
+    """attend for the heads of one part (0: plain, 1: shifted); shapes and result as attend's."""
+    if pattern.name == "full":
+        return causal_attention(q, k, v, segment_ids)
+    g = pattern.group_size
+    if part == 0:
+        return pieces(q, k, v, segment_ids, first=g, group=g)
+    return _shifted(q, k, v, segment_ids, pattern, q.shape[1], g)
 
 
 def _heads(q, k, v, start: int, stop: int):
@@ -57,7 +66,7 @@ def _shifted(q, k, v, segment_ids, pattern: Pattern, t: int, g: int):
     """The shifted half of the heads: other group boundaries, the same kernel."""
     half = g // 2
     if pattern.name == "s2":
-        return _pieces(q, k, v, segment_ids, first=g - half, group=g)
+        return pieces(q, k, v, segment_ids, first=g - half, group=g)
     # Both wrapping patterns are plain groups of a rolled row; they differ in where the head of the row goes.
     if pattern.name == "s2_wrap":
         order = np.roll(np.arange(t), -(half % t))
@@ -67,10 +76,10 @@ def _shifted(q, k, v, segment_ids, pattern: Pattern, t: int, g: int):
     back = np.argsort(order)
     q, k, v = (x[:, order] for x in (q, k, v))
     segments = None if segment_ids is None else segment_ids[:, order]
-    return _pieces(q, k, v, segments, first=g, group=g)[:, back]
+    return pieces(q, k, v, segments, first=g, group=g)[:, back]
 
 
-def _pieces(q, k, v, segment_ids, *, first: int, group: int):
+def pieces(q, k, v, segment_ids, *, first: int, group: int):
     """Causal attention inside consecutive pieces of a row: one of `first` tokens, then `group` each, then the rest."""
     b, t = q.shape[:2]
     first = min(first, t)

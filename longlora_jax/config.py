@@ -119,9 +119,10 @@ class OptimConfig:
 class MeshConfig:
     """Devices along each axis of the mesh; -1 takes what is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = 1  # rows
+    fsdp: int = -1  # rows, and a share of the weights
+    context: int = 1  # the sequence, and a share of the weights
+    tensor: int = 1  # heads and features
 
 
 @dataclass

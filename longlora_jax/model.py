@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
-from longlora_jax.attention import attend
 from longlora_jax.config import ModelConfig
+from longlora_jax.context_parallel import attend_on_mesh, constrain
 from longlora_jax.lora import LoraConfig, apply_lora
 from longlora_jax.patterns import FULL, Pattern
 from longlora_jax.rope import apply_rope, rope_frequencies, rope_tables
@@ -49,10 +50,15 @@ class RMSNorm(nn.Module):
         return rms_norm(x, _declare(self, "scale", nn.initializers.ones, ("norm",), (x.shape[-1],)), eps=self.eps)
 
 
-def project(x, kernel, input_axes: int = 1):
-    """x W: x [..., *in], kernel [*in, *out] with input_axes axes *in, in x's dtype. Returns [..., *out]."""
+def project(x, kernel, input_axes: int = 1, *, merge: bool = True):
+    """x W: x [..., *in], kernel [*in, *out] with input_axes axes *in, in x's dtype. Returns [..., *out].
+
+    merge: compute with one axis of rows and one of features, which is not possible where the sequence is cut.
+    """
+    if not merge:
+        return jnp.tensordot(x, kernel.astype(x.dtype), axes=input_axes)
     batch, inputs = x.shape[: x.ndim - input_axes], math.prod(kernel.shape[:input_axes])
-    # One axis of rows and one of features: XLA:CPU computes the gradient of W twice as fast so.
+    # XLA:CPU computes the gradient of W twice as fast so.
     y = x.reshape(-1, inputs) @ kernel.astype(x.dtype).reshape(inputs, -1)
     return y.reshape(*batch, *kernel.shape[input_axes:])
 
@@ -69,6 +75,7 @@ class Projection(nn.Module):
     lora: LoraConfig | None
     use_bias: bool = False
     input_axes: int = 1
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x):
@@ -79,7 +86,7 @@ class Projection(nn.Module):
         )
         normal = nn.initializers.normal(self.stddev)
         kernel = _declare(self, "kernel", normal, self.axes, (*inputs, *self.features))
-        y = project(x, kernel, self.input_axes)
+        y = project(x, kernel, self.input_axes, merge=self.mesh is None or self.mesh.shape["context"] == 1)
         if self.use_bias:
             bias = _declare(self, "bias", nn.initializers.zeros, out_axes, self.features)
             y += jnp.broadcast_to(bias.astype(x.dtype), y.shape)
@@ -105,11 +112,14 @@ class Attention(nn.Module):
     config: ModelConfig
     lora: LoraConfig | None
     pattern: Pattern
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, cos, sin, segment_ids):
         c = self.config
-        linear = functools.partial(Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.attention_bias)
+        linear = functools.partial(
+            Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.attention_bias, mesh=self.mesh
+        )
         heads, kv_heads = (c.num_attention_heads, c.head_dim), (c.num_key_value_heads, c.head_dim)
         with jax.named_scope("qkv"):
             q = linear(heads, ("embed", "heads", "head_dim"), name="q_proj")(x)
@@ -119,7 +129,7 @@ class Attention(nn.Module):
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
         with jax.named_scope("attend"):
-            y = attend(q, k, v, self.pattern, segment_ids=segment_ids)
+            y = attend_on_mesh(q, k, v, self.pattern, self.mesh, segment_ids=segment_ids)
         out_axes = ("heads", "head_dim", "embed")
         return linear((c.hidden_size,), out_axes, input_axes=2, name="o_proj")(y)
 
@@ -129,11 +139,14 @@ class MLP(nn.Module):
 
     config: ModelConfig
     lora: LoraConfig | None
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x):
         c = self.config
-        linear = functools.partial(Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.mlp_bias)
+        linear = functools.partial(
+            Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.mlp_bias, mesh=self.mesh
+        )
         gate = linear((c.intermediate_size,), ("embed", "mlp"), name="gate_proj")(x)
         up = linear((c.intermediate_size,), ("embed", "mlp"), name="up_proj")(x)
         return linear((c.hidden_size,), ("mlp", "embed"), name="down_proj")(nn.silu(gate) * up)
@@ -145,21 +158,25 @@ class Block(nn.Module):
     config: ModelConfig
     lora: LoraConfig | None
     pattern: Pattern
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x, cos, sin, segment_ids):
         eps = self.config.rms_norm_eps
+        x = constrain(x, self.mesh)
         normed = RMSNorm(eps, name="input_layernorm")(x)
-        x += Attention(self.config, self.lora, self.pattern, name="self_attn")(normed, cos, sin, segment_ids)
+        attention = Attention(self.config, self.lora, self.pattern, self.mesh, name="self_attn")
+        x += attention(normed, cos, sin, segment_ids)
         normed = RMSNorm(eps, name="post_attention_layernorm")(x)
-        return x + MLP(self.config, self.lora, name="mlp")(normed), None
+        return constrain(x + MLP(self.config, self.lora, self.mesh, name="mlp")(normed), self.mesh), None
 
 
 class Llama(nn.Module):
     """A LLaMA with optional adapters, under one attention pattern.
 
-    dtype: of activations and of weights where they are multiplied; remat: a name out of REMAT.
-    `apply({"params": params}, tokens)` gives logits; `method="hidden"` stops before the output projection.
+    dtype: of activations and of weights where they are multiplied; remat: a name out of REMAT; mesh: where it runs,
+    None for one device. `apply({"params": params}, tokens)` gives logits; `method="hidden"` stops before the output
+    projection.
     """
 
     config: ModelConfig
@@ -167,6 +184,7 @@ class Llama(nn.Module):
     pattern: Pattern = FULL
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
+    mesh: Mesh | None = None
 
     def setup(self):
         c = self.config
@@ -183,7 +201,7 @@ class Llama(nn.Module):
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.layers = scan(c, self.lora, self.pattern)
+        self.layers = scan(c, self.lora, self.pattern, self.mesh)
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = _Weight("kernel", (c.hidden_size, c.vocab_size), ("embed", "vocab"), normal)
@@ -194,7 +212,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         with jax.named_scope("embed"):
-            x = self.embed_tokens()[tokens].astype(self.dtype)
+            x = constrain(self.embed_tokens()[tokens].astype(self.dtype), self.mesh)
         frequencies = rope_frequencies(
             head_dim=c.head_dim,
             theta=c.rope_theta,
@@ -231,7 +249,7 @@ def output_kernel(params):
 
 
 def _boxed_init(model: Llama, key):
-    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    return model.clone(mesh=None).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
 def init_params(model: Llama, key):

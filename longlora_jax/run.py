@@ -92,8 +92,8 @@ def extend_model(model: ModelConfig, config: Config) -> ModelConfig:
     return dataclasses.replace(model, rope_scaling=scaling, max_position_embeddings=window)
 
 
-def build_model(config: Config) -> Llama:
-    """The model of a run under its training pattern."""
+def build_model(config: Config, mesh=None) -> Llama:
+    """The model of a run under its training pattern, on a mesh if one is given."""
     assert config.model is not None  # resolve() filled it
     name = config.attention.pattern
     return Llama(
@@ -102,6 +102,7 @@ def build_model(config: Config) -> Llama:
         pattern=FULL if name == "full" else Pattern(name, config.attention.group_tokens(config.seq_len)),
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
+        mesh=mesh,
     )
 
 

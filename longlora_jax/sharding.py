@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +17,21 @@ from longlora_jax.weights import Params, Rule, Table, get_leaf, set_leaf, weight
 
 log = logging.getLogger(__name__)
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 
-# Logical axis of a weight -> mesh axis. Axes that are not named here stay whole on every device.
-RULES = {
-    "embed": "fsdp",
+# Logical axis of a weight -> mesh axes. Axes that are not named here stay whole on every device.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "embed": ("fsdp", "context"),  # a context axis holds weights as well: they are gathered layer by layer
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
 }
-BATCH = P(("data", "fsdp"))
+BATCH = P(("data", "fsdp"), "context")
 
 
 def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor over all devices (or those given); one axis may be -1, the rest.
+    """A mesh with axes data, fsdp, context, tensor over all devices (or those given); one axis may be -1, the rest.
 
     Sizes without a -1 may take fewer devices than there are: then the first ones are used, and the log says so.
     Raises UserError if the sizes ask for more devices, or do not divide those for the rest.
@@ -62,9 +63,11 @@ def weight_shardings(mesh: Mesh, logical_axes, shapes):
     def one(path, axes, shape):
         spec = P(*(RULES.get(axis) for axis in axes))
         for size, logical, axis in zip(shape.shape, axes, spec, strict=False):
-            if axis and size % mesh.shape[axis]:
+            cuts = {a: mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[a] > 1}
+            if size % math.prod(cuts.values()):
                 name = "/".join(key.key for key in path)
-                faults.append(f"{name}: axis {logical} of {size} by mesh.{axis}={mesh.shape[axis]}")
+                cut = " x ".join(f"mesh.{a}={ways}" for a, ways in cuts.items())
+                faults.append(f"{name}: axis {logical} of {size} by {cut}")
         return NamedSharding(mesh, spec)
 
     specs = jax.tree_util.tree_map_with_path(one, logical_axes, shapes, is_leaf=lambda x: isinstance(x, P))

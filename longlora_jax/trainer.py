@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from longlora_jax.losses import cross_entropy
+from longlora_jax.context_parallel import cross_entropy_on_mesh
 from longlora_jax.model import Llama, output_kernel
 from longlora_jax.trainable import combine
 
@@ -55,7 +55,7 @@ def loss_sums(params, batch, *, model: Llama, loss_chunk: int, dropout_key=None)
     weights = jnp.roll(batch["loss_mask"], -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
     if segments is not None:
         weights *= segments == jnp.roll(segments, -1, axis=1)
-    return cross_entropy(hidden, output_kernel(params), targets, weights, chunk=loss_chunk)
+    return cross_entropy_on_mesh(hidden, output_kernel(params), targets, weights, model.mesh, chunk=loss_chunk)
 
 
 def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict[str, jax.Array]]:

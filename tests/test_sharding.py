@@ -31,7 +31,7 @@ def step_on(mesh, *, accumulation: int = 1):
     """(trainables before, state after one step, metrics, compiled step) of the same model and batch on a mesh."""
     # Every axis a multiple of 4, heads and kv heads too: what a tensor axis of 4 asks for.
     config = tiny_config(num_key_value_heads=4, vocab_size=40)
-    model = Llama(config, lora=LoraConfig(rank=2), pattern=Pattern("s2", 8), remat="block")
+    model = Llama(config, lora=LoraConfig(rank=2), pattern=Pattern("s2", 8), remat="block", mesh=mesh)
     shardings = weight_shardings(mesh, logical_axes(model), abstract_params(model))
     params = jax.device_put(random_params(model), shardings)
     trains, frozen = partition(params, trainable_mask(params, "lora_plus"))
@@ -56,10 +56,21 @@ def alone():
 
 
 @needs_8
-@pytest.mark.parametrize("axes, accumulation", [((1, 2, 4), 1), ((2, 2, 2), 2)], ids=["1x2x4", "2x2x2-accumulated"])
+@pytest.mark.parametrize(
+    "axes, accumulation",
+    [
+        ((1, 2, 1, 4), 1),
+        ((2, 2, 1, 2), 2),
+        ((1, 1, 8, 1), 1),
+        ((1, 1, 2, 1), 1),
+        ((1, 2, 4, 1), 1),
+        ((2, 1, 2, 2), 2),
+    ],
+    ids=str,
+)
 def test_a_mesh_computes_what_one_device_computes(alone, axes, accumulation):
     """Catches: a sum that is taken per device, a mean of means over devices, a head that lands with another's keys."""
-    mesh = make_mesh(MeshConfig(*axes))
+    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
     before, after, values, compiled = step_on(mesh, accumulation=accumulation)
     expected_before, expected, expected_values, compiled_alone = alone
     for name, value in expected_values.items():
@@ -75,7 +86,8 @@ def test_a_mesh_computes_what_one_device_computes(alone, axes, accumulation):
     )
     # The work is shared out and not repeated: some of it, such as norms, is done on every tensor device.
     flops = [c.cost_analysis()["flops"] for c in (compiled, compiled_alone)]
-    assert flops[0] * accumulation < flops[1] / 3  # a loop's body is counted once
+    share = max(1 / 3, 1.2 / mesh.size)
+    assert flops[0] * accumulation < flops[1] * share  # a loop's body is counted once
 
 
 @needs_8
@@ -101,7 +113,7 @@ def test_weights_and_moments_are_cut_over_the_mesh():
 
 @needs_8
 @pytest.mark.parametrize(
-    "sizes, given", [((2, 2, 3), "mesh.tensor=3"), ((-1, -1, 2), "mesh.fsdp=-1"), ((3, -1, 1), "mesh.data=3")]
+    "sizes, given", [((2, 2, 1, 3), "mesh.tensor=3"), ((-1, -1, 1, 2), "mesh.fsdp=-1"), ((3, -1, 1, 1), "mesh.data=3")]
 )
 def test_a_mesh_that_does_not_fit_the_devices(sizes, given):
     """Catches: devices that stay idle without a word, a traceback out of jax."""
@@ -113,8 +125,13 @@ def test_a_mesh_that_does_not_fit_the_devices(sizes, given):
 @needs_8
 def test_the_rest_of_the_devices_goes_to_the_axis_that_asks():
     """Catches: -1 that is taken for a size."""
-    assert dict(make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape) == {
+        "data": 2,
+        "fsdp": 2,
+        "context": 1,
+        "tensor": 2,
+    }
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 1, "fsdp": 8, "context": 1, "tensor": 1}
 
 
 @needs_8
@@ -137,7 +154,7 @@ def test_what_cannot_be_cut_is_named_with_the_way_out():
 
 
 @needs_8
-@pytest.mark.parametrize("axes", [(1, 1, 1), (1, 2, 4), (2, 4, 1), (1, 8, 1)], ids=str)
+@pytest.mark.parametrize("axes", [(1, 1, 1, 1), (1, 2, 1, 4), (2, 2, 2, 1), (1, 8, 1, 1)], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_folder_lands_on_the_mesh_as_it_is(axes, tied, tmp_path):
     """Catches: rows of one device's share that end in another place, a cast that is forgotten, a layer put twice."""

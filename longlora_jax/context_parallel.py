@@ -1,0 +1,199 @@
+"""Attention and loss over a mesh: rows, heads and the sequence cut over devices, no device holding a whole row.
+
+LongLoRA's groups are local, so a sequence that is cut over the `context` axis needs little from elsewhere:
+
+- A shard of whole groups computes the plain heads alone. The shifted heads have a group that straddles the cut: for
+  them it needs the last half group of keys and values of the shard before it, from one neighbour, half of the heads.
+- A shard of half a group is in the same place for either half of the heads by turns: an odd shard ends a plain group,
+  an even one ends a shifted group. It too needs one neighbour's keys and values, of one half of the heads.
+- Anything else (full attention, a quarter of a group) passes heads round instead: all-to-all, after which every
+  device has whole rows of a few heads.
+
+All of it runs inside shard_map: what is exchanged is what is written here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longlora_jax.attention import attend, attend_part, parts_of, pieces
+from longlora_jax.errors import UserError
+from longlora_jax.kernels import causal_attention
+from longlora_jax.losses import cross_entropy
+from longlora_jax.patterns import ABLATIONS, Pattern
+
+NOBODY = -(2**31)  # the segment of tokens that are not there
+NOTHING, NEIGHBOUR, TURNS, HEADS = "nothing", "neighbour", "neighbour by turns", "all-to-all over heads"
+
+
+def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, context: int) -> str:
+    """What attention exchanges over a context axis of that size: NOTHING, NEIGHBOUR, TURNS or HEADS."""
+    shard, g = seq_len // context, pattern.group_size
+    if context == 1 or (pattern.name == "short" and shard % g == 0):
+        return NOTHING
+    if pattern.name == "s2" and shard % g == 0:
+        return NEIGHBOUR
+    # A cut inside of a kv group leaves two halves of unequal shapes, which cannot take turns.
+    if pattern.name == "s2" and 2 * shard == g and num_heads % 2 == 0 and num_kv_heads % 2 == 0:
+        return TURNS
+    return HEADS
+
+
+def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=None):
+    """attention.attend with rows over data and fsdp, the sequence over context and heads over tensor.
+
+    Shapes and meaning as there. T must be a multiple of the context axis (ValueError); rows and heads that their
+    axes do not divide are computed by all devices of the axis. Without a mesh, or on one device, it is attend.
+    """
+    if mesh is None or mesh.size == 1:
+        return attend(q, k, v, pattern, segment_ids=segment_ids)
+    context = mesh.shape["context"]
+    if q.shape[1] % context:
+        raise UserError(f"seq_len={q.shape[1]} is not a multiple of mesh.context={context}: choose another of the two")
+    if pattern.name in ABLATIONS:
+        if context > 1:
+            raise UserError(f"attention.pattern={pattern.name!r} runs on whole rows: set mesh.context=1")
+        parts = [(q, k, v)]
+    else:
+        parts = parts_of(q, k, v, pattern)
+    how = exchange(pattern, q.shape[1], q.shape[2], k.shape[2], context)
+    rows = row_axes(q.shape[0], mesh)
+    specs = [(P(rows, "context", _head_axis(part, pattern, mesh)),) * 3 for part in parts]
+    segments = [] if segment_ids is None else [segment_ids]
+
+    def local(*args):
+        parts, segment_ids = args[: len(specs)], args[len(specs)] if segments else None
+        if pattern.name in ABLATIONS:
+            return (attend(*parts[0], pattern, segment_ids=segment_ids),)
+        if how == TURNS:
+            return _by_turns(*parts, segment_ids, context)
+        one = {NOTHING: attend_part, NEIGHBOUR: _whole_groups, HEADS: _by_heads}[how]
+        one = one if how == NOTHING else functools.partial(one, context=context)
+        return tuple(one(*part, pattern, i, segment_ids) for i, part in enumerate(parts))
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(*specs, *(P(rows, "context") for _ in segments)),
+        out_specs=tuple(spec[0] for spec in specs),
+        check_vma=False,
+    )
+    return jnp.concatenate(run(*parts, *segments), axis=2)
+
+
+def row_axes(rows: int, mesh: Mesh) -> tuple[str, ...]:
+    """The axes of the mesh that rows of a batch are cut over: data and fsdp, as far as they divide them."""
+    axes, ways = [], 1
+    for name in ("data", "fsdp"):
+        if rows % (ways * mesh.shape[name]) == 0:
+            axes, ways = [*axes, name], ways * mesh.shape[name]
+    return tuple(axes)
+
+
+def constrain(x, mesh: Mesh | None):
+    """x [B, T, ...] held to where activations live: rows over data and fsdp, the sequence over context."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(row_axes(x.shape[0], mesh), "context")))
+
+
+def cross_entropy_on_mesh(hidden, kernel, targets, weights, mesh: Mesh | None, *, chunk: int):
+    """losses.cross_entropy with every device scoring its own tokens, in chunks of its own.
+
+    hidden: [B, T, D]; kernel: [D, V], gathered on every device; targets, weights: [B, T]. The tokens of a tensor axis,
+    which all of its devices hold, are shared out among them where they divide.
+    """
+    if mesh is None or mesh.size == 1:
+        return cross_entropy(hidden, kernel, targets, weights, chunk=chunk)
+    rows = row_axes(hidden.shape[0], mesh)
+    sequence = ("context", "tensor")
+    if hidden.shape[1] % (mesh.shape["context"] * mesh.shape["tensor"]):
+        sequence = ("context",)
+
+    def local(hidden, kernel, targets, weights):
+        return jax.lax.psum(cross_entropy(hidden, kernel, targets, weights, chunk=chunk), (*rows, *sequence))
+
+    specs = (P(rows, sequence, None), P(), P(rows, sequence), P(rows, sequence))
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False)
+    return run(hidden, kernel, targets, weights)
+
+
+def _head_axis(part, pattern: Pattern, mesh: Mesh) -> str | None:
+    fits = all(x.shape[2] % mesh.shape["tensor"] == 0 for x in part)
+    return "tensor" if fits and pattern.name not in ABLATIONS else None  # an ablation's heads are not alike
+
+
+def _from_the_left(x, context: int):
+    """What the shard before this one gives; zeros on the first shard."""
+    return jax.lax.ppermute(x, "context", [(i, i + 1) for i in range(context - 1)])
+
+
+def _whole_groups(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
+    """A shard of whole groups: [b, t, n, h] local, t a multiple of G."""
+    g = pattern.group_size
+    if part == 0:
+        return attend_part(q, k, v, pattern, part, segment_ids)
+    half, t = g // 2, q.shape[1]
+    before = _neighbour(k[:, -half:], v[:, -half:], None if segment_ids is None else segment_ids[:, -half:], context)
+    first = g - half  # tokens here of the group that began in the shard before
+    head = _after(*before, *(x[:, :first] for x in (q, k, v)), _cut(segment_ids, 0, first))
+    rest = pieces(*(x[:, first:] for x in (q, k, v)), _cut(segment_ids, first, t), first=g, group=g)
+    return jnp.concatenate([head, rest], axis=1)
+
+
+def _by_turns(plain, shifted, segment_ids, context: int):
+    """A shard of half a group: the half of the heads whose group ends here needs the shard before, by turns."""
+    odd = jax.lax.axis_index("context") % 2 == 1
+
+    def turn(one, other, on):
+        return tuple(jnp.where(on, x, y) for x, y in zip(one, other, strict=True))
+
+    ends, begins = turn(plain, shifted, odd), turn(shifted, plain, odd)
+    # The shard after this one is of the other kind: what ends there is what begins here.
+    before = _neighbour(begins[1], begins[2], segment_ids, context)
+    out_ends = _after(*before, *ends, segment_ids)
+    out_begins = causal_attention(*begins, segment_ids)
+    return turn((out_ends, out_begins), (out_begins, out_ends), odd)
+
+
+def _neighbour(k, v, segments, context: int):
+    """(k, v, segments) of the shard before; on the first shard its tokens are nobody's."""
+    if segments is None:
+        segments = jnp.zeros(k.shape[:2], jnp.int32)
+    k, v, segments = (_from_the_left(x, context) for x in (k, v, segments))
+    return k, v, jnp.where(jax.lax.axis_index("context") == 0, NOBODY, segments)
+
+
+def _after(k_before, v_before, segments_before, q, k, v, segment_ids):
+    """Causal attention of q over the keys before and then its own. q: [b, t, n, h]; k_before: [b, s, kv, h]."""
+    s = k_before.shape[1]
+    if segment_ids is None:
+        segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+    join = functools.partial(jnp.concatenate, axis=1)
+    # Queries for the keys before as well, so that the kernel sees a square: their results are dropped.
+    q = jnp.pad(q, ((0, 0), (s, 0), (0, 0), (0, 0)))
+    return causal_attention(
+        q, join([k_before, k]), join([v_before, v]), join([segments_before, segment_ids])
+    )[:, s:]  # fmt: skip
+
+
+def _cut(segment_ids, start: int, stop: int):
+    return None if segment_ids is None else segment_ids[:, start:stop]
+
+
+def _by_heads(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
+    """Whole rows of a share of the heads: all-to-all there and back."""
+    n = q.shape[2]
+    if n % context or k.shape[2] % context:
+        # Each query head brings its own keys and values; what is missing to a share for everyone is zeros.
+        k, v = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -n % context), (0, 0))) for x in (q, k, v))
+    swap = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
+    q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+    if segment_ids is not None:
+        segment_ids = jax.lax.all_gather(segment_ids, "context", axis=1, tiled=True)
+    out = attend_part(q, k, v, pattern, part, segment_ids)
+    return swap(out, split_axis=1, concat_axis=2)[:, :, :n]
