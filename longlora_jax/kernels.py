@@ -1,13 +1,16 @@
-"""The fast way to compute plain causal attention; LongLoRA's groups arrive here folded into the batch axis.
+"""The fast ways to compute plain causal attention; LongLoRA's groups arrive here folded into the batch axis.
 
 No kernel knows about groups or shifts: attention.py cuts a pattern into pieces that are causal inside, and
-every piece comes here as rows of a batch. The XLA kernel below runs on any device. It is the tiling of
-FlashAttention-2 (arXiv:2307.08691) written with jax.numpy: blocks of scores are made, used and dropped,
-blocks above the diagonal are never visited, and the backward pass recomputes scores from the saved
+every piece comes here as rows of a batch. TPUs run JAX's splash attention. The XLA kernel below runs on any device: it
+is the tiling of FlashAttention-2 (arXiv:2307.08691) written with jax.numpy: blocks of scores are made, used and
+dropped, blocks above the diagonal are never visited, and the backward pass recomputes scores from the saved
 log-sum-exp of each row.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,13 +23,73 @@ from jax.ad_checkpoint import checkpoint_name
 MASKED = -1e30
 
 
-def causal_attention(q, k, v, segment_ids=None, *, block: int | None = None):
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+@contextlib.contextmanager
+def compiled_for(platform: str) -> Iterator[None]:
+    """Within it, what is traced is for that platform (tpu, gpu, cpu), whatever this machine has."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def kernel_name() -> str:
+    """The kernel that causal_attention runs here, for logs."""
+    platform = _platform.get() or jax.default_backend()
+    return f"splash on {platform}" if platform == "tpu" else f"xla-blockwise on {platform}"
+
+
+def causal_attention(q, k, v, segment_ids=None):
     """Causal attention of each batch row by itself.
 
     q: [Z, T, N, H]; k, v: [Z, T, K, H] with N a multiple of K (query head n reads kv head n // (N // K));
     segment_ids: [Z, T] int32 or None, tokens see their own segment only. Returns [Z, T, N, H] in q's dtype.
-    Scores, softmax and sums are float32. block: side of a block of scores in tokens; no array is larger than
-    Z * N * T * max(H, block).
+    Scores, softmax and sums are float32.
+    """
+    if kernel_name().startswith("splash"):
+        return splash_attention(q, k, v, segment_ids)
+    return blockwise_attention(q, k, v, segment_ids)
+
+
+def splash_attention(q, k, v, segment_ids=None, *, interpret: bool = False):
+    """causal_attention by JAX's splash kernel for TPUs: rows padded to blocks, heads to the chip's 128 lanes.
+
+    interpret: run the kernel's program on any device, to test it.
+    """
+    # Pallas for TPUs takes a second to import, and nothing else needs it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    z, t, n, h = q.shape
+    block = next((b for b in (1024, 512, 256) if t >= b and -t % b <= t // 16), 128)
+    pad, lanes = -t % block, -h % 128
+    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, lanes))).swapaxes(1, 2) for x in (q, k, v))
+    segments = None
+    if segment_ids is not None:  # padding lies in the future of every real query
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+        segments = splash.SegmentIds(q=segment_ids, kv=segment_ids)
+    kernel = splash.make_splash_mha(
+        mask=splash.MultiHeadMask([splash.CausalMask((t + pad, t + pad))] * n),
+        block_sizes=splash.BlockSizes(
+            block_q=block, block_kv=block, block_kv_compute=block,
+            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )  # fmt: skip
+    q = q * jnp.asarray(1 / math.sqrt(h), q.dtype)
+    out = jax.vmap(kernel)(q, k, v, segments) if segments is not None else jax.vmap(kernel)(q, k, v)
+    return out.swapaxes(1, 2)[:, :t, :, :h]
+
+
+def blockwise_attention(q, k, v, segment_ids=None, *, block: int | None = None):
+    """causal_attention in jax.numpy, for any device.
+
+    block: side of a block of scores in tokens; no array is larger than Z * N * T * max(H, block).
     """
     z, t, n, h = q.shape
     kv_heads = k.shape[2]
@@ -145,7 +208,3 @@ def _vjp_backward(residuals, d_out):
 
 _blocks.defvjp(_vjp_forward, _vjp_backward)
 
-
-def kernel_name() -> str:
-    """The kernel that causal_attention runs on this backend, for logs."""
-    return f"xla-blockwise on {jax.default_backend()}"

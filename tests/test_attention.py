@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from longlora_jax import attention, kernels
 from longlora_jax.attention import attend
-from longlora_jax.kernels import causal_attention
+from longlora_jax.kernels import blockwise_attention, compiled_for, kernel_name, splash_attention
 from longlora_jax.patterns import FULL, GROUPED, PATTERNS, Pattern
 
 # Entries are sums of up to some 200 products of normal variables, each rounded to 6e-8 of its value: the largest
@@ -70,7 +70,7 @@ def same_segment(segments):
 
 def with_blocks(block):
     """attend() with a kernel that cuts rows into blocks of so many tokens, as it would only do from 64 on."""
-    return mock.patch.object(attention, "causal_attention", functools.partial(causal_attention, block=block))
+    return mock.patch.object(attention, "causal_attention", functools.partial(blockwise_attention, block=block))
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -107,16 +107,36 @@ def test_kernel_in_blocks_of_its_own_choice(t, block, packed):
     """The kernel as it is used, fully optimized: default blocks, a block that does not divide the row."""
     qkv = random_qkv(t, 2, t, 4, 2, 8)
     segments = random_segments(t, 2, t) if packed else None
-    ours = run(lambda *qkv: causal_attention(*qkv, segments, block=block), *qkv, options=None)
+    ours = run(lambda *qkv: blockwise_attention(*qkv, segments, block=block), *qkv, options=None)
     seen = np.tri(t, dtype=bool)[None, None] & same_segment(segments)
     assert_close(ours, brute_force.attention(*qkv[:3], seen, qkv[3]))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("t", "n", "k", "h"), [(200, 4, 2, 8), (300, 2, 2, 130)])
+def test_the_kernel_of_tpus_computes_the_same(t, n, k, h, packed):
+    """Splash attention, interpreted: padding of rows and lanes that is seen, a scale that is forgotten, kv heads."""
+    qkv = random_qkv(t, 2, t, n, k, h)
+    segments = jnp.asarray(random_segments(t, 2, t)) if packed else None
+    ours = run(lambda *qkv: splash_attention(*qkv, segments, interpret=True), *qkv, options=None)
+    seen = np.tri(t, dtype=bool)[None, None] & same_segment(segments)
+    # The kernel's own exponentials and its blocks' order: errors of some 1e-6 at values of up to 10.
+    assert_close(ours, brute_force.attention(*qkv[:3], seen, qkv[3]), rtol=1e-5, atol=3e-5)
+
+
+def test_the_platform_chooses_the_kernel():
+    """Catches: a planner on a laptop that plans for the laptop's kernel."""
+    assert kernel_name() == "xla-blockwise on cpu"
+    with compiled_for("tpu"):
+        assert kernel_name() == "splash on tpu"
+    assert kernel_name() == "xla-blockwise on cpu"
 
 
 def test_large_scores_do_not_overflow():
     """exp() of a score before the row's maximum is taken off: 88 is enough for inf in float32."""
     q, k, v, d_out = random_qkv(0, 1, 24, 2, 2, 4)
     q *= 300
-    ours = run(lambda *qkv: causal_attention(*qkv, block=4), q, k, v, d_out)
+    ours = run(lambda *qkv: blockwise_attention(*qkv, block=4), q, k, v, d_out)
     oracle = brute_force.attention(q, k, v, np.tri(24, dtype=bool), d_out)
     # A score of 1,000 has an error of 6e-5 in float32, and its exponential the same relative one.
     assert_close(ours, oracle, rtol=1e-3, atol=1e-3 * float(np.abs(oracle[2]).max()))
@@ -244,9 +264,9 @@ def test_kernel_never_visits_blocks_above_the_diagonal(backward):
     qkv = random_qkv(0, 1, 40, 2, 1, 4)
     with mock.patch.object(kernels, "_scores", scores):
         if backward:
-            run(lambda *qkv: causal_attention(*qkv, block=8), *qkv)
+            run(lambda *qkv: blockwise_attention(*qkv, block=8), *qkv)
         else:
-            causal_attention(*qkv[:3], block=8)
+            blockwise_attention(*qkv[:3], block=8)
     jax.effects_barrier()
     passes = 2 if backward else 1  # the backward pass computes each block once more
     assert len(visited) == passes * (5 * 6 // 2)
