@@ -35,6 +35,7 @@ def to_peft(args: argparse.Namespace) -> None:
 
     run, trained = checkpoint.open_adapters(args.workdir)
     base, tokenizer = args.base or run.init_from, run.data.tokenizer or run.init_from
+    assert run.model is not None  # a run is saved resolved
     peft.save_peft(args.peft_dir, run.model, run.lora, trained, base=base, tokenizer_from=tokenizer)
 
 

@@ -16,11 +16,13 @@ _HOME = {
     "cross_entropy": "losses",
     "eval_step": "trainer",
     "load_hf": "hf",
+    "load_peft": "peft",
     "make_mesh": "sharding",
     "merge_lora": "lora",
     "pack_documents": "data",
     "partition": "trainable",
     "save_hf": "hf",
+    "save_peft": "peft",
     "train_step": "trainer",
     "trainable_mask": "trainable",
 }

@@ -7,6 +7,7 @@ array exists.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,7 +29,7 @@ def attend(q, k, v, pattern: Pattern, *, segment_ids=None):
     return jnp.concatenate(out, axis=2)
 
 
-def parts_of(q, k, v, pattern: Pattern) -> list[tuple]:
+def parts_of(q, k, v, pattern: Pattern) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """The heads that see the same, as [(q, k, v)]: all of them, or the plain half and the shifted half."""
     plain = plain_heads(q.shape[2])
     if pattern.name in ("full", "short") or plain == q.shape[2]:

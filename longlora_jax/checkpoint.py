@@ -177,21 +177,21 @@ def load_model(path: str) -> LoadedModel:
     if not is_workdir(path):
         config, table, tokenizer_dir = open_model(path)
         return LoadedModel(config, build_params(config, table), None, tokenizer_dir)
-    config, trained, base = _open_run(path)
+    config, model, trained, base = _open_run(path)
     trained = jax.tree.map(np.asarray, trained)
     lora = config.lora if config.mode != "full" else None
     frozen = {}
     if lora:
-        missing = {n: t for n, t in base.items() if n not in params_table(config.model, trained)}
-        frozen = build_params(config.model, missing)
-    return LoadedModel(config.model, combine(trained, frozen), lora, _tokenizer_of(config))
+        missing = {n: t for n, t in base.items() if n not in params_table(model, trained)}
+        frozen = build_params(model, missing)
+    return LoadedModel(model, combine(trained, frozen), lora, _tokenizer_of(config))
 
 
 def open_adapters(workdir: str) -> tuple[Config, dict]:
     """The config of a run and what its newest checkpoint trained: adapters, and with them embedding and norms."""
     if not is_workdir(workdir):
         raise UserError(f"{workdir} is not a workdir of train.py: only there are adapters apart from their model")
-    config, trained, _ = _open_run(workdir)
+    config, _, trained, _ = _open_run(workdir)
     if config.mode == "full":
         raise UserError(f"{workdir} trained every weight (mode=full), there is no adapter: use to-hf")
     return config, trained
@@ -208,17 +208,16 @@ def _open_params(path: str) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def _open_workdir(path: str, dtype: str | None) -> tuple[ModelConfig, dict[str, Tensor], str]:
-    config, trained, base = _open_run(path)
-    model = config.model
+    config, model, trained, base = _open_run(path)
     table = dict(base) | params_table(model, trained)
     if config.mode != "full":
         table = merge_table(table, adapters_of(model, trained, config.lora.scale))
-    kinds = {name: DTYPES[dtype] if dtype else base.get(name, tensor).dtype for name, tensor in table.items()}
+    kinds: dict[str, Any] = {n: DTYPES[dtype] if dtype else base.get(n, t).dtype for n, t in table.items()}
     return model, cast_table(table, kinds.__getitem__), _tokenizer_of(config)
 
 
-def _open_run(path: str) -> tuple[Config, dict, dict[str, Tensor]]:
-    """(config, what it trained, the tensors of its base) of a run's newest checkpoint; nothing is read yet."""
+def _open_run(path: str) -> tuple[Config, ModelConfig, dict, dict[str, Tensor]]:
+    """(config, model, what was trained, tensors of the base) of a run's newest checkpoint, nothing read yet."""
     config = read_run_config(path)
     assert config.model is not None  # a run is saved resolved
     checkpoints = Path(path).absolute() / "checkpoints"
@@ -230,7 +229,7 @@ def _open_run(path: str) -> tuple[Config, dict, dict[str, Tensor]]:
     if config.mode != "full":
         check_base(path, config)
         base = open_model(config.init_from).table
-    return config, _saved_tree(checkpoints / str(step) / "state", "trainable"), base
+    return config, config.model, _saved_tree(checkpoints / str(step) / "state", "trainable"), base
 
 
 def _tokenizer_of(config: Config) -> str:

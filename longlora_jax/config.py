@@ -156,7 +156,9 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     dtype: str = "bfloat16"  # of activations and frozen weights: bfloat16 | float32
-    remat: str = "block"  # what the backward pass computes again: block | attention | none
+    # What the backward pass computes again of a block: block (all of it), attention (all but attention), none, or
+    # offload (all, and the blocks' inputs wait in the host's memory: TPU and GPU).
+    remat: str = "block"
     loss_chunk: int = 1024  # rows of logits that exist at a time
     log_every: int = 1
     save_every: int = 100
@@ -167,7 +169,7 @@ class Config:
 CHOICES = {
     "mode": MODES,
     "dtype": ("bfloat16", "float32"),
-    "remat": ("block", "attention", "none"),
+    "remat": ("block", "attention", "offload", "none"),
     "attention.pattern": PATTERNS,
     "optim.schedule": ("constant", "cosine", "linear"),
     "data.source": ("text", "python", "hf"),

@@ -13,6 +13,7 @@ All of it runs inside shard_map: what is exchanged is what is written here.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,15 +65,15 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
     specs = [(P(rows, "context", _head_axis(part, pattern, mesh)),) * 3 for part in parts]
     segments = [] if segment_ids is None else [segment_ids]
 
-    def local(*args):
+    def local(*args: Any):
         parts, segment_ids = args[: len(specs)], args[len(specs)] if segments else None
         if pattern.name in ABLATIONS:
             return (attend(*parts[0], pattern, segment_ids=segment_ids),)
         if how == TURNS:
             return _by_turns(*parts, segment_ids, context)
-        one = {NOTHING: attend_part, NEIGHBOUR: _whole_groups, HEADS: _by_heads}[how]
+        one: Any = {NOTHING: attend_part, NEIGHBOUR: _whole_groups, HEADS: _by_heads}[how]
         one = one if how == NOTHING else functools.partial(one, context=context)
-        return tuple(one(*part, pattern, i, segment_ids) for i, part in enumerate(parts))
+        return tuple(one(q, k, v, pattern, i, segment_ids) for i, (q, k, v) in enumerate(parts))
 
     run = jax.shard_map(
         local,
@@ -139,8 +140,8 @@ def _whole_groups(q, k, v, pattern: Pattern, part: int, segment_ids, *, context:
     half, t = g // 2, q.shape[1]
     before = _neighbour(k[:, -half:], v[:, -half:], None if segment_ids is None else segment_ids[:, -half:], context)
     first = g - half  # tokens here of the group that began in the shard before
-    head = _after(*before, *(x[:, :first] for x in (q, k, v)), _cut(segment_ids, 0, first))
-    rest = pieces(*(x[:, first:] for x in (q, k, v)), _cut(segment_ids, first, t), first=g, group=g)
+    head = _after(before, q[:, :first], k[:, :first], v[:, :first], _cut(segment_ids, 0, first))
+    rest = pieces(q[:, first:], k[:, first:], v[:, first:], _cut(segment_ids, first, t), first=g, group=g)
     return jnp.concatenate([head, rest], axis=1)
 
 
@@ -154,8 +155,8 @@ def _by_turns(plain, shifted, segment_ids, context: int):
     ends, begins = turn(plain, shifted, odd), turn(shifted, plain, odd)
     # The shard after this one is of the other kind: what ends there is what begins here.
     before = _neighbour(begins[1], begins[2], segment_ids, context)
-    out_ends = _after(*before, *ends, segment_ids)
-    out_begins = causal_attention(*begins, segment_ids)
+    out_ends = _after(before, ends[0], ends[1], ends[2], segment_ids)
+    out_begins = causal_attention(begins[0], begins[1], begins[2], segment_ids)
     return turn((out_ends, out_begins), (out_begins, out_ends), odd)
 
 
@@ -167,8 +168,9 @@ def _neighbour(k, v, segments, context: int):
     return k, v, jnp.where(jax.lax.axis_index("context") == 0, NOBODY, segments)
 
 
-def _after(k_before, v_before, segments_before, q, k, v, segment_ids):
-    """Causal attention of q over the keys before and then its own. q: [b, t, n, h]; k_before: [b, s, kv, h]."""
+def _after(before, q, k, v, segment_ids):
+    """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
+    k_before, v_before, segments_before = before
     s = k_before.shape[1]
     if segment_ids is None:
         segment_ids = jnp.zeros(q.shape[:2], jnp.int32)

@@ -19,10 +19,10 @@ import tensorstore as ts
 from longlora_jax import hf
 from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
-from longlora_jax.files import empty, new_folder, read_json, write_json
+from longlora_jax.files import empty, new_folder, one_line, read_json, write_json
 from longlora_jax.hf_config import config_to_json, load_config, refuse
 from longlora_jax.progress import progress_bar
-from longlora_jax.tensors import Tensor
+from longlora_jax.tensors import DTYPES, Tensor
 from longlora_jax.weights import Rule, Table, cast, set_leaf, stacked_dtype, table_faults, weight_rules
 
 DIGESTS = "digests.json"
@@ -89,15 +89,27 @@ class _Leaf(NamedTuple):
         index[rule.axes_in_hf_order()[0]] = number
         return os.path.join(self.folder, "c", *map(str, [layer] * rule.layered + index))
 
+    def missing(self, rule: Rule, layer: int) -> bool:
+        """Whether a chunk of this layer is not there, or not whole."""
+        rows = rule.shape[rule.axes_in_hf_order()[0]]
+        paths = (self.chunk_path(rule, layer, number) for number in range(math.ceil(rows / self.rows)))
+        return any(not os.path.isfile(path) or os.path.getsize(path) != self.chunk_bytes for path in paths)
 
-def _make_leaf(folder: str, rule: Rule, layers: int, dtype: np.dtype) -> _Leaf:
-    """Writes the description of an array: uncompressed chunks, each a run of rows in Hugging Face's order."""
+
+def _leaf(folder: str, rule: Rule, dtype: np.dtype, rows: int) -> _Leaf:
+    return _Leaf(folder, dtype, rows, rows * _row_bytes(rule, dtype))
+
+
+def _row_bytes(rule: Rule, dtype: np.dtype) -> int:
+    return math.prod(rule.shape) // rule.shape[rule.axes_in_hf_order()[0]] * dtype.itemsize
+
+
+def _layout(rule: Rule, layers: int, rows: int) -> dict[str, Any]:
+    """How zarr keeps an array: uncompressed chunks, each a run of rows in Hugging Face's order."""
     lead, order = int(rule.layered), rule.axes_in_hf_order()
-    row_bytes = math.prod(rule.shape) // rule.shape[order[0]] * dtype.itemsize
     chunk = list(rule.shape)
-    chunk[order[0]] = max(1, min(rule.shape[order[0]], _CHUNK_BYTES // row_bytes))
-    metadata = {
-        "data_type": str(dtype),
+    chunk[order[0]] = rows
+    return {
         "shape": [layers] * lead + list(rule.shape),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1] * lead + chunk}},
         "codecs": [
@@ -105,8 +117,19 @@ def _make_leaf(folder: str, rule: Rule, layers: int, dtype: np.dtype) -> _Leaf:
             {"name": "bytes", "configuration": {"endian": "little"}},
         ],
     }
-    ts.open(_spec(folder) | {"metadata": metadata}, open=True, create=True).result()
-    return _Leaf(folder, dtype, chunk[order[0]], chunk[order[0]] * row_bytes)
+
+
+def _make_leaf(folder: str, rule: Rule, layers: int, dtype: np.dtype) -> _Leaf:
+    """Writes the description of an array."""
+    most = rule.shape[rule.axes_in_hf_order()[0]]
+    rows = max(1, min(most, _CHUNK_BYTES // _row_bytes(rule, dtype)))
+    metadata = _layout(rule, layers, rows) | {"data_type": str(dtype)}
+    spec = _spec(folder) | {"metadata": metadata}
+    try:
+        ts.open(spec, open=True, create=True).result()
+    except ValueError:  # what a stop left of it
+        ts.open(spec, create=True, delete_existing=True).result()
+    return _leaf(folder, rule, dtype, rows)
 
 
 def _write_skeleton(folder: str, rules: list[Rule]) -> None:
@@ -171,23 +194,45 @@ def is_converted(folder: str) -> bool:
 def open_converted(folder: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config and the tensors of a converted checkpoint, not read yet; raises UserError naming every fault."""
     config = load_config(folder)
+    layers = config.num_hidden_layers
     table, faults = {}, []
     for rule in weight_rules(config):
         path = os.path.join(folder, "params", ".".join(rule.path))
-        shape = [config.num_hidden_layers] * rule.layered + list(rule.shape)
         try:
             store = ts.open(_spec(path)).result()
         except ValueError as error:
-            faults.append(f"{'/'.join(rule.path)} cannot be read ({' '.join(str(error).split())[:200]})")
+            faults.append(f"{'/'.join(rule.path)} cannot be read ({one_line(str(error), 200)})")
             continue
-        if list(store.shape) != shape:
-            faults.append(f"{'/'.join(rule.path)} has shape {list(store.shape)}, it must be {shape}")
+        metadata = store.spec().to_json()["metadata"]
+        if fault := _array_fault(metadata, rule, layers):
+            faults.append(f"{'/'.join(rule.path)} {fault}")
             continue
-        for i, name in enumerate(rule.names(config.num_hidden_layers)):
+        leaf = _leaf(path, rule, DTYPES[metadata["data_type"]], _rows(metadata, rule))
+        for i, name in enumerate(rule.names(layers)):
+            if leaf.missing(rule, i):
+                faults.append(f"{name} is damaged or missing, convert the model again")
             part = store[i] if rule.layered else store
-            table[name] = Tensor(store.dtype.numpy_dtype, rule.hf_shape, _reader(folder, name, rule, part))
+            table[name] = Tensor(leaf.dtype, rule.hf_shape, _reader(folder, name, rule, part))
     refuse(folder, faults)
     return config, table
+
+
+def _array_fault(metadata: dict[str, Any], rule: Rule, layers: int) -> str | None:
+    """Why an array is not one that we wrote; tensorstore follows any description, until memory runs out."""
+    shape = [layers] * rule.layered + list(rule.shape)
+    if metadata["shape"] != shape:
+        return f"has shape {metadata['shape']}, it must be {shape}"
+    if metadata["data_type"] not in DTYPES:
+        return f"is {metadata['data_type']}, it must be one of {', '.join(DTYPES)}"
+    rows = _rows(metadata, rule)
+    if rows > rule.shape[rule.axes_in_hf_order()[0]] or not _layout(rule, layers, rows).items() <= metadata.items():
+        return "is laid out in another way than converted checkpoints are, convert the model again"
+    return None
+
+
+def _rows(metadata: dict[str, Any], rule: Rule) -> int:
+    """Rows of Hugging Face's first axis in a chunk."""
+    return metadata["chunk_grid"]["configuration"]["chunk_shape"][rule.layered + rule.axes_in_hf_order()[0]]
 
 
 def _reader(folder: str, name: str, rule: Rule, store: ts.TensorStore):
@@ -195,7 +240,7 @@ def _reader(folder: str, name: str, rule: Rule, store: ts.TensorStore):
         try:
             return store.transpose(rule.axes_in_hf_order()).read(order="C").result().reshape(rule.hf_shape)
         except ValueError as error:
-            fault = " ".join(str(error).split())[:200]
+            fault = one_line(str(error), 200)
             raise UserError(f"{folder}: {name} is damaged or missing, convert the model again ({fault})") from error
 
     return read

@@ -10,16 +10,46 @@ from typing import Any
 
 from longlora_jax.errors import UserError
 
+# Bytes of JSON. An index or a header takes some 100 for each tensor, and a LLaMA of 405 B has 1,137. What is read takes
+# up to 25 times that in memory.
+JSON_LIMIT = 4_000_000
+
+
+def one_line(text: str, limit: int) -> str:
+    """The text in at most about `limit` characters, all of them printable: what files hold may be anything."""
+    text = " ".join(text[: 2 * limit].split())
+    text = text if len(text) <= limit else f"{text[:limit]}..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def parse_json(content: bytes) -> Any:
+    """json.loads of UTF-8; raises ValueError also if an object has a key twice, or if it is nested too deeply."""
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{name} is in it twice")
+        content[name] = value
+    return content
+
 
 def read_json(path: str) -> dict[str, Any]:
     """Reads a file that holds one JSON object; raises UserError if it does not."""
+    if not os.path.exists(path):
+        raise UserError(f"{path} is missing")
+    if not os.path.isfile(path) or os.path.getsize(path) > JSON_LIMIT:
+        raise UserError(f"{path} is no JSON file of at most {JSON_LIMIT} bytes, fetch it again")
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        with open(path, "rb") as file:
+            content = parse_json(file.read())
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+        raise UserError(f"{path} cannot be read as JSON: {one_line(str(error), 200)}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
     return content
@@ -82,6 +112,7 @@ def _locked(aside: str, folder: str) -> Iterator[None]:
 
 
 def empty(folder: str) -> None:
+    """Removes all that is in a folder."""
     for entry in os.scandir(folder):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)

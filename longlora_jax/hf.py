@@ -11,7 +11,7 @@ import numpy as np
 
 from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
-from longlora_jax.files import new_folder, read_json, write_json
+from longlora_jax.files import new_folder, one_line, read_json, write_json
 from longlora_jax.hf_config import TOKEN_IDS, config_to_json, load_config, refuse
 from longlora_jax.tensors import DTYPES, Tensor, open_safetensors, reading, write_safetensors
 from longlora_jax.torch_files import open_torch
@@ -131,7 +131,8 @@ def read_index(path: str) -> dict[str, list[str]]:
     for name, file in weight_map.items():
         # The folder is the user's, but its index may come from anywhere.
         if not isinstance(file, str) or file != os.path.basename(file) or not file.endswith(suffix) or "\0" in file:
-            raise UserError(f"{path} names the file {file!r}, it must be one beside the index, a {suffix}")
+            shown = one_line(str(file), 100)
+            raise UserError(f"{path} names the file '{shown}', it must be one beside the index, a {suffix}")
         listed.setdefault(file, []).append(name)
     return listed
 
@@ -146,7 +147,8 @@ def _tied_faults(table: Table) -> list[str]:
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
     if not isinstance(one.dtype, np.dtype):
         return True  # said by table_faults
-    return np.array_equal(one.read().view(np.uint8), other.read().view(np.uint8))
+    first, second = (np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8) for tensor in (one, other))
+    return np.array_equal(first, second)
 
 
 # Writing

@@ -74,7 +74,8 @@ def splash_attention(q, k, v, segment_ids=None, *, interpret: bool = False):
         mask=splash.MultiHeadMask([splash.CausalMask((t + pad, t + pad))] * n),
         block_sizes=splash.BlockSizes(
             block_q=block, block_kv=block, block_kv_compute=block,
-            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+            block_q_dq=block, block_kv_dq=block,  # dq on its own: the fused kernel holds one dq for every kv block
         ),
         head_shards=1,
         q_seq_shards=1,
@@ -82,7 +83,7 @@ def splash_attention(q, k, v, segment_ids=None, *, interpret: bool = False):
         interpret=interpret,
     )  # fmt: skip
     q = q * jnp.asarray(1 / math.sqrt(h), q.dtype)
-    out = jax.vmap(kernel)(q, k, v, segments) if segments is not None else jax.vmap(kernel)(q, k, v)
+    out: Any = jax.vmap(kernel)(q, k, v, segments) if segments is not None else jax.vmap(kernel)(q, k, v)
     return out.swapaxes(1, 2)[:, :t, :, :h]
 
 
@@ -207,4 +208,3 @@ def _vjp_backward(residuals, d_out):
 
 
 _blocks.defvjp(_vjp_forward, _vjp_backward)
-

@@ -19,11 +19,18 @@ from longlora_jax.lora import LoraConfig, apply_lora
 from longlora_jax.patterns import FULL, Pattern
 from longlora_jax.rope import apply_rope, rope_frequencies, rope_tables
 
-# What a block keeps for its backward pass; everything else is computed again.
+# What is kept of a block for its backward pass; everything else is computed again.
+_policies = jax.checkpoint_policies
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("qkv", "attention"),
-    "block": jax.checkpoint_policies.nothing_saveable,
+    "none": _policies.everything_saveable,
+    "attention": _policies.save_only_these_names("qkv", "attention"),
+    "block": _policies.nothing_saveable,  # but for the block's input, which is always kept
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -163,7 +170,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, cos, sin, segment_ids):
         eps = self.config.rms_norm_eps
-        x = constrain(x, self.mesh)
+        x = checkpoint_name(constrain(x, self.mesh), "block_input")
         normed = RMSNorm(eps, name="input_layernorm")(x)
         attention = Attention(self.config, self.lora, self.pattern, self.mesh, name="self_attn")
         x += attention(normed, cos, sin, segment_ids)

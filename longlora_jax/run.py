@@ -139,6 +139,7 @@ def initial_state(config: Config, model: Llama, mesh):
     dtypes = jax.tree.map(lambda trains: _dtype(config, trains), mask)
     if config.init_from:
         table = checkpoint.open_model(config.init_from).table
+        assert config.model is not None  # resolve() filled it
         base = sharding.place_weights(config.model, table, shardings, dtypes)
         is_new = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("lora_"), shapes)
         fresh = trainable.partition(shardings, is_new)[0]

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from longlora_jax.files import JSON_LIMIT, parse_json
 from longlora_jax.progress import progress_bar
 
 DTYPES = {
@@ -24,8 +25,8 @@ DTYPES = {
 }
 SAFETENSORS = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"]}
 _CODES = {dtype: code for code, dtype in SAFETENSORS.items()}
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 _LONGEST = 4096  # no name or dtype in a header is longer
+_AXES = 32  # no shape has more
 
 
 class Tensor(NamedTuple):
@@ -105,41 +106,29 @@ def _read_header(path: str) -> tuple[dict[str, Any], int, int]:
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, _HEADER_LIMIT):
-            raise ValueError(f"its header would have {length} bytes, the file has {size}")
+        most = min(size - 8, JSON_LIMIT)
+        if not 2 <= length <= most:
+            raise ValueError(f"its header would have {length} bytes, at most {most} are possible")
         text = file.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("its header is nested too deeply") from None
+    header = parse_json(text)
     if not isinstance(header, dict):
         raise ValueError("its header is no table")
     return header, 8 + length, size
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is in it twice")
-    return content
-
-
-def _no_constant(text: str):
-    raise ValueError(f"{text} is no number of a header")
-
-
 def _entry(name: str, entry: Any) -> tuple[np.dtype | str, tuple[int, ...], tuple[int, int]]:
     fields = entry if isinstance(entry, dict) else {}
-    code, shape, span = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    code, shape, span = fields.get("dtype"), _numbers(fields.get("shape")), _numbers(fields.get("data_offsets"))
     if len(name) > _LONGEST or not isinstance(code, str) or len(code) > _LONGEST:
         raise ValueError(f"the entry of {name[:80]} is not one of a tensor")
-    for numbers in (shape, span):
-        if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-            raise ValueError(f"the entry of {name} has no shape and data_offsets of whole numbers")
-    if len(span) != 2:
-        raise ValueError(f"data_offsets of {name} are {len(span)} numbers, not 2")
-    return SAFETENSORS.get(code, code), tuple(shape), (span[0], span[1])
+    if shape is None or span is None or len(span) != 2:
+        raise ValueError(f"the entry of {name} has no shape and two data_offsets of whole numbers")
+    return SAFETENSORS.get(code, code), shape, (span[0], span[1])
+
+
+def _numbers(value: Any) -> tuple[int, ...] | None:
+    right = isinstance(value, list) and len(value) <= _AXES and all(type(n) is int and 0 <= n < 2**63 for n in value)
+    return tuple(value) if right else None
 
 
 def _reader(path: str, offset: int, dtype: np.dtype | str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:

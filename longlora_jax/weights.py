@@ -164,9 +164,10 @@ def params_table(config: ModelConfig, params: Params) -> dict[str, Tensor]:
 
 def get_leaf(tree: Params, path: tuple[str, ...]) -> Any:
     """The leaf at a path, None where there is none."""
+    node: Any = tree
     for key in path:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def set_leaf(tree: Params, path: tuple[str, ...], leaf: Any) -> None:

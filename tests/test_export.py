@@ -121,6 +121,40 @@ def test_merged_equals_unmerged_tensor_by_tensor(workdir):
         assert np.abs(np.subtract(*kernels)).max() > 1e-5, name
 
 
+def test_an_adapter_goes_to_peft_and_comes_back(workdir, text_file, tokens, tmp_path):
+    """Catches: an adapter saved empty or without its embedding, and the rope that PEFT's files have no place for."""
+    peft = pytest.importorskip("peft")
+    adapter, back = tmp_path / "adapter", tmp_path / "back"
+    run("convert_weights.py", "to-peft", workdir, adapter)
+    # The lines of the adapter's README.
+    config = transformers.AutoConfig.from_pretrained(adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        settings["base_model_name_or_path"], config=config, dtype=torch.float32
+    )
+    model = peft.PeftModel.from_pretrained(base, adapter)
+    batch = torch.from_numpy(tokens[None].astype(np.int64))
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(batch).logits[0, :-1].double(), -1)
+    theirs = -log_probs.gather(1, batch[0, 1:, None]).mean().item()
+    assert theirs == pytest.approx(our_nll(workdir, text_file, tmp_path), abs=1e-5)
+
+    run("convert_weights.py", "from-peft", adapter, back)
+    again, straight = open_model(str(back)), open_model(str(workdir))
+    assert again.config == straight.config
+    for name, tensor in straight.table.items():
+        assert again.table[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(again.table[name].read(), tensor.read(), err_msg=name)
+
+
+def test_only_a_run_with_adapters_goes_to_peft(tmp_path):
+    """Catches: a folder of nothing for a model that was trained whole."""
+    command = [sys.executable, "convert_weights.py", "to-peft", "models/tiny-python-llama", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "tiny-python-llama is not a workdir of train.py" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_extension_starts_from_the_original_window(workdir, exported, tmp_path):
     """Catches: 256 extended by 2 and by 4 again that is taken for 512 extended by 4."""
     longer = ("--config.seq_len=2048", "--config.steps=1", "--config.data.max_tokens=9000")
