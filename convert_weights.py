@@ -31,9 +31,14 @@ def to_hf(args: argparse.Namespace) -> None:
 
 def to_peft(args: argparse.Namespace) -> None:
     """Training workdir -> PEFT adapter, with embedding and norms where they were trained."""
-    from longlora_jax import checkpoint, peft
+    from longlora_jax import checkpoint, converted, peft
 
     run, trained = checkpoint.open_adapters(args.workdir)
+    if not args.base and converted.is_converted(run.init_from):
+        raise errors.UserError(
+            f"{args.workdir} started from the converted checkpoint {run.init_from}, which PEFT cannot load: name the "
+            "Hugging Face folder that it was made of with --base"
+        )
     base, tokenizer = args.base or run.init_from, run.data.tokenizer or run.init_from
     assert run.model is not None  # a run is saved resolved
     peft.save_peft(args.peft_dir, run.model, run.lora, trained, base=base, tokenizer_from=tokenizer)

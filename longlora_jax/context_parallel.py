@@ -66,11 +66,14 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
     segments = [] if segment_ids is None else [segment_ids]
 
     def local(*args: Any):
-        parts, segment_ids = args[: len(specs)], args[len(specs)] if segments else None
+        parts: Any = args[: len(specs)]
+        segment_ids = args[len(specs)] if segments else None
         if pattern.name in ABLATIONS:
-            return (attend(*parts[0], pattern, segment_ids=segment_ids),)
+            q, k, v = parts[0]
+            return (attend(q, k, v, pattern, segment_ids=segment_ids),)
         if how == TURNS:
-            return _by_turns(*parts, segment_ids, context)
+            plain, shifted = parts
+            return _by_turns(plain, shifted, segment_ids, context)
         one: Any = {NOTHING: attend_part, NEIGHBOUR: _whole_groups, HEADS: _by_heads}[how]
         one = one if how == NOTHING else functools.partial(one, context=context)
         return tuple(one(q, k, v, pattern, i, segment_ids) for i, (q, k, v) in enumerate(parts))
