@@ -21,6 +21,7 @@ _HOME = {
     "merge_lora": "lora",
     "pack_documents": "data",
     "partition": "trainable",
+    "plan": "plan",
     "save_hf": "hf",
     "save_peft": "peft",
     "train_step": "trainer",

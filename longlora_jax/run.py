@@ -1,11 +1,15 @@
 """From a config to what a run is made of: resolved config, model, windows of data, state on the mesh."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
+from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import config_flags
 
 from longlora_jax import checkpoint, hf, hub, optim, sharding, trainable
 from longlora_jax.config import Config, DataConfig, ModelConfig, validate
@@ -15,6 +19,24 @@ from longlora_jax.model import Llama, abstract_params, init_params, logical_axes
 from longlora_jax.patterns import FULL, Pattern
 from longlora_jax.rope import extend_rope
 from longlora_jax.trainer import TrainState
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The Config of a file with get_config(), changed by flags such as --config.seq_len=4096.
+
+    Raises UserError if the file cannot be read or a flag does not fit.
+    """
+    values, words = flags.FlagValues(), ["", f"--config={path}", *overrides]
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=words)
+    try:
+        values(words)
+        config = values["config"].value
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        fault = " ".join(str(error.args[0] if error.args else error).split())
+        raise UserError(fault.split("earlier failure to load: ")[-1]) from error
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} gives a {type(config).__name__}: return a Config")
+    return config
 
 
 def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
@@ -158,13 +180,35 @@ def initial_state(config: Config, model: Llama, mesh):
     return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, everywhere), state), frozen
 
 
-def abstract_state(config: Config, model: Llama):
-    """(TrainState, frozen) of initial_state as shapes and dtypes, without computing or holding anything."""
+def abstract_state(config: Config, model: Llama, mesh=None):
+    """(TrainState, frozen) of initial_state as shapes and dtypes, without computing or holding anything.
+
+    With a mesh, each leaf says where it would be: enough to compile the step for devices that are not here.
+    """
     shapes = abstract_params(model)
     mask = trainable.trainable_mask(shapes, config.mode)
     cast = lambda x, trains: jax.ShapeDtypeStruct(x.shape, _dtype(config, trains))  # noqa: E731
     trains, frozen = trainable.partition(jax.tree.map(cast, shapes, mask), mask)
-    return jax.eval_shape(lambda t: _fresh_state(config, model, t), trains), frozen
+    state = jax.eval_shape(lambda t: _fresh_state(config, model, t), trains)
+    if mesh is None:
+        return state, frozen
+    where = sharding.weight_shardings(mesh, logical_axes(model), shapes)
+    where_trains, where_frozen = trainable.partition(where, mask)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def put(x, sharding=everywhere):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    moments = optax.tree_utils.tree_map_params(
+        state.optimizer, put, state.opt_state, where_trains, transform_non_params=put
+    )
+    placed = state.replace(
+        step=put(state.step),
+        dropout_key=put(state.dropout_key),
+        trainable=jax.tree.map(put, state.trainable, where_trains),
+        opt_state=moments,
+    )
+    return placed, jax.tree.map(put, frozen, where_frozen)
 
 
 def _dtype(config: Config, trains: bool):

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from longlora_jax.context_parallel import cross_entropy_on_mesh
-from longlora_jax.model import Llama, output_kernel
+from longlora_jax.model import Llama, abstract_params, logical_axes, output_kernel
+from longlora_jax.sharding import weight_shardings
 from longlora_jax.trainable import combine
+from longlora_jax.weights import get_leaf
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -71,17 +73,21 @@ def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict[str, 
         total, tokens = loss_sums(params, part, model=state.model, loss_chunk=state.loss_chunk, dropout_key=key)
         return total, tokens
 
+    def gradients(part, key):
+        sums_of_part, grads = jax.value_and_grad(sums, has_aux=True)(state.trainable, part, key)
+        return *sums_of_part, _where_weights_are(grads, state.model)
+
     def accumulate(carry, part_and_key):
-        (total, tokens), grads = jax.value_and_grad(sums, has_aux=True)(state.trainable, *part_and_key)
-        return jax.tree.map(jnp.add, carry, (total, tokens, grads)), None
+        return jax.tree.map(jnp.add, carry, gradients(*part_and_key)), None
 
     key = jax.random.fold_in(state.dropout_key, state.step)
     if state.accumulation == 1:
-        (total, tokens), grads = jax.value_and_grad(sums, has_aux=True)(state.trainable, batch, key)
+        total, tokens, grads = gradients(batch, key)
     else:
         # Every part takes rows of every device: the rows lie on the devices in order, and stay where they are.
         parts = jax.tree.map(lambda x: x.reshape(-1, state.accumulation, *x.shape[1:]).swapaxes(0, 1), batch)
-        zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trainable))
+        zeros = jax.tree.map(jnp.zeros_like, state.trainable)
+        zeros = (jnp.float32(0), jnp.float32(0), _where_weights_are(zeros, state.model))
         keys = jax.random.split(key, state.accumulation)
         (total, tokens, grads), _ = jax.lax.scan(accumulate, zeros, (parts, keys))
     scored = jnp.maximum(tokens, 1)
@@ -94,6 +100,15 @@ def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict[str, 
         opt_state=opt_state,
     )
     return new, metrics
+
+
+def _where_weights_are(grads, model: Llama):
+    """Gradients held to the shardings of their weights: every device keeps its share of a sum and no more."""
+    if model.mesh is None or model.mesh.size == 1:
+        return grads
+    where = weight_shardings(model.mesh, logical_axes(model), abstract_params(model))
+    where = jax.tree_util.tree_map_with_path(lambda path, _: get_leaf(where, [key.key for key in path]), grads)
+    return jax.lax.with_sharding_constraint(grads, where)
 
 
 def eval_step(params, batch, *, model: Llama, loss_chunk: int = 1024):

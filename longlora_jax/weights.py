@@ -5,7 +5,7 @@ There: Hugging Face's names, [out, in] matrices, one tensor a layer. Here: the n
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,7 +162,7 @@ def params_table(config: ModelConfig, params: Params) -> dict[str, Tensor]:
     return table
 
 
-def get_leaf(tree: Params, path: tuple[str, ...]) -> Any:
+def get_leaf(tree: Params, path: Sequence[str]) -> Any:
     """The leaf at a path, None where there is none."""
     node: Any = tree
     for key in path:
