@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from longlora_jax import hf
-from longlora_jax.checkpoint import load_model
+from longlora_jax.checkpoint import load_model, open_model
+from longlora_jax.converted import open_converted, write_converted
 from longlora_jax.data import load_tokenizer
 from longlora_jax.evals import perplexity
 from longlora_jax.evals.perplexity import evaluate, on_device, stretch_rope
@@ -92,6 +93,27 @@ def test_command_gives_the_perplexity_of_transformers(folder, reference, tokens,
     scored = np.concatenate(scored)
     assert row["tokens"] == scored.size == 383
     np.testing.assert_allclose(row["nll"], scored.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_conversion_there_and_back_keeps_every_bit(dtype, folder, tmp_path):
+    """Catches: at real size, what no tiny model has: several chunks of a tensor, several shards, a large vocabulary."""
+    model = open_model(folder, dtype)
+    hf.write_hf(str(tmp_path / "sharded"), model.config, model.table, max_shard_bytes=100_000_000)
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    config, table = hf.open_hf(str(tmp_path / "sharded"))
+    write_converted(str(tmp_path / "ours"), config, table, tokenizer_from=folder)
+    hf.write_hf(str(tmp_path / "back"), *open_converted(str(tmp_path / "ours")), tokenizer_from=folder)
+    assert hf.load_config(str(tmp_path / "back")) == model.config
+    _, back = hf.open_hf(str(tmp_path / "back"))
+    for name, tensor in model.table.items():
+        expected, kept, found = (
+            np.ascontiguousarray(t.read()).view(np.uint8) for t in (tensor, table[name], back[name])
+        )
+        assert back[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(kept, expected, err_msg=name)
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.slow
