@@ -1,6 +1,6 @@
 """Conversion of a 7B-shaped folder, both ways, beside a plain copy of the same bytes.
 
-    python benchmarks/convert.py --scratch DIR --json benchmarks/convert.json
+    python -m benchmarks.convert --scratch DIR --json benchmarks/convert.json
 
 DIR needs room for three models (41 GB). The source is LLaMA-2 7B's shape in random bfloat16, 13.5 GB in three shards;
 it is written shard by shard and kept in DIR/source for the next time. Every round takes, in turn: `cp -r` and sync of

@@ -1,7 +1,7 @@
 """What fits on TPUs: the train step of each row compiled for its topology, on a machine without any.
 
     pip install libtpu
-    python benchmarks/tpu_plans.py --json benchmarks/tpu_plans.json     (a minute or two a row on 2 cores)
+    python -m benchmarks.tpu_plans --json benchmarks/tpu_plans.json     (a minute or two a row on 2 cores)
 
 Each row is one `python -m longlora_jax.plan` in a process of its own; the command is in the result.
 """
