@@ -66,7 +66,13 @@ def write_json(path: str, content: Mapping[str, Any]) -> None:
 
 def check_new(folder: str) -> None:
     """Raises UserError if folder could not be created without touching something."""
-    if os.path.exists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+    if not folder:
+        raise UserError("the folder to create has an empty name: give one")
+    try:
+        free = not os.path.lexists(folder) or os.path.isdir(folder) and not os.listdir(folder)
+    except OSError:  # one that cannot be looked into
+        free = False
+    if not free:
         raise UserError(f"{folder} exists already: remove it or give another folder")
 
 
@@ -79,7 +85,7 @@ def new_folder(folder: str, *, resume: bool = False) -> Iterator[str]:
     Raises UserError if `folder` holds something, cannot be written, or is being written by another process.
     """
     check_new(folder)
-    folder = os.path.abspath(folder)
+    folder = os.path.realpath(folder)  # a link to an empty folder stays one
     aside = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.incomplete")
     try:
         os.makedirs(aside, exist_ok=True)

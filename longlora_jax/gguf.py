@@ -3,6 +3,7 @@
 Keys and tensor names are those of llama.cpp's convert_hf_to_gguf.py, read by its `gguf` package.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from gguf import GGUFReader, ReaderTensor, dequantize
 
 from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
+from longlora_jax.files import one_line
 from longlora_jax.gguf_tokenizer import tokenizer_files
-from longlora_jax.hf_config import refuse
+from longlora_jax.hf_config import config_faults, refuse, rope_faults
 from longlora_jax.rope import RopeScaling, rope_frequencies
 from longlora_jax.tensors import DTYPES, Tensor
 from longlora_jax.weights import Params, build_params, cast_table, table_faults
@@ -46,6 +48,12 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 
+_WORDS = ("general.architecture", "llama.rope.scaling.type", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+_NUMBERS = ("llama.expert_count", "llama.attention.sliding_window", "llama.rope.scale_linear")
+_LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
+_MOST_VALUES = 3_000_000  # in a header, each some 200 bytes of memory; Llama 3 has 950,000: words, lengths, types
+_LONGEST_WORD = 4096
+
 Read = Callable[..., Any]
 
 
@@ -63,17 +71,31 @@ def open_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, dict[str,
     All names, shapes and types are checked before a weight is read. Raises UserError.
     """
     reader = _open(path)
+    refuse(path, [*_offset_faults(reader), *_name_faults(reader.tensors)])
     tensors = {_hf_name(t.name): t for t in reader.tensors if t.name not in _ROPE_TENSORS}
-    divisors = {t.name: _array(t) for t in reader.tensors if t.name in _ROPE_TENSORS}
+    rope_tensors = [t for t in reader.tensors if t.name in _ROPE_TENSORS]
+    refuse(path, list(_type_faults(rope_tensors)))
+    divisors = {t.name: _array(t) for t in rope_tensors}
 
     def read(key: str, default: Any = None) -> Any:
         field = reader.get_field(key)
-        return default if field is None else field.contents()
+        try:
+            value = default if field is None else field.contents()
+        except UnicodeDecodeError:
+            value = math.nan
+        if field is not None and not _fits(key, value):
+            refuse(path, [f"{key} is of the wrong type, or no text in UTF-8"])
+        return value
 
     config = _config(path, read, tensors, divisors)
     table = {name: _tensor(name, tensor, config) for name, tensor in tensors.items()}
     refuse(path, [*table_faults(config, table), *_type_faults(reader.tensors)])
-    return config, cast_table(table, lambda _: DTYPES[dtype]), tokenizer_files(path, read, config)
+    try:
+        files = tokenizer_files(path, read, config)
+    except ValueError as error:  # UserError, and what the tokenizers library says of a word
+        refuse(path, [str(error).removeprefix(f"{path}: ")])
+        raise
+    return config, cast_table(table, lambda _: DTYPES[dtype]), files
 
 
 def _tensor(name: str, tensor: ReaderTensor, config: ModelConfig) -> Tensor:
@@ -85,10 +107,60 @@ def _open(path: str) -> GGUFReader:
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file: give a GGUF file")
     try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is no GGUF file, damaged or cut off ({reason})") from error
+        with np.errstate(over="ignore"):  # an offset of nearly 2**64
+            reader = _Reader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its numbers are big-endian")
+        return reader
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError) as error:
+        raise UserError(f"{path} is no GGUF file, damaged or cut off ({one_line(str(error), 200)})") from error
+
+
+class _Reader(GGUFReader):
+    """GGUFReader itself follows any count that it finds, beyond the end of the file and for ever."""
+
+    values = 0
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **options: Any) -> np.ndarray:
+        found = super()._get(offset, dtype, count, *args, **options)
+        self.values += 1
+        if len(found) != count or self.values > _MOST_VALUES:
+            raise ValueError(f"byte {offset} begins {count} values that it does not have")
+        return found
+
+
+def _offset_faults(reader: GGUFReader) -> Iterator[str]:
+    """As in llama.cpp, tensors lie one after the other, from one multiple of the alignment to the next."""
+    at = reader.data_offset
+    yield from (f"{tensor.name} has no axes" for tensor in reader.tensors if not len(tensor.shape))
+    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
+        if tensor.data_offset != at:
+            yield f"{tensor.name} starts at byte {tensor.data_offset}, where {at} is expected"
+        at = tensor.data_offset + math.ceil(tensor.n_bytes / reader.alignment) * reader.alignment
+
+
+def _name_faults(tensors: list[ReaderTensor]) -> Iterator[str]:
+    for tensor in tensors:
+        if tensor.name.startswith(("model.", "lm_head.")):
+            yield f"{tensor.name} is Hugging Face's name, not llama.cpp's"
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value is of the type that is promised by its key."""
+    if key in _WORDS or key == "tokenizer.chat_template":
+        return isinstance(value, str)
+    if key.startswith("tokenizer.ggml.add_"):
+        return isinstance(value, bool)
+    if key.endswith("_token_id"):
+        return type(value) is int and value >= 0
+    if kind := _LISTS.get(key.removeprefix("tokenizer.ggml.")):
+        right = isinstance(value, list) and all(type(item) is kind for item in value)
+        return right and (kind is not str or max(map(len, value), default=0) <= _LONGEST_WORD)
+    if key == "llama.rope.scaling.original_context_length":
+        return type(value) is int and value > 0
+    if key in _NUMBERS or key.startswith("llama.rope.scaling."):
+        return type(value) in (int, float) and math.isfinite(value)
+    return True  # said where it is used
 
 
 def _hf_name(name: str) -> str:
@@ -129,19 +201,19 @@ def _weight(name: str, tensor: ReaderTensor, config: ModelConfig) -> np.ndarray:
 def _config(path: str, read: Read, tensors: dict, divisors: dict) -> ModelConfig:
     architecture = read("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{path}: general.architecture is {architecture!r}, it must be 'llama'")
+        refuse(path, [f"general.architecture is {architecture!r}, it must be 'llama'"])
     faults = []
 
     def size(key: str, default: Any = None) -> int:
         value = read(f"llama.{key}", default)
-        if not (isinstance(value, int) and value > 0):
+        if not (type(value) is int and value > 0):
             faults.append(f"llama.{key} is {value!r}, it must be one whole number above 0")
             return 1
         return value
 
     def number(key: str, default: Any = None) -> float:
         value = read(f"llama.{key}", default)
-        if not (isinstance(value, (int, float)) and value > 0):
+        if not (type(value) in (int, float) and 0 < value < 1e30):
             faults.append(f"llama.{key} is {value!r}, it must be a number above 0")
             return 1.0
         # 1e-5 comes out of its 32 bits as 9.99999975e-06; the shortest decimal is what was meant.
@@ -172,13 +244,12 @@ def _config(path: str, read: Read, tensors: dict, divisors: dict) -> ModelConfig
     }
     refuse(path, faults)
     assert embedding is not None
-    return ModelConfig(
+    config = ModelConfig(
         **sizes,
         vocab_size=int(embedding.shape[-1]),
         head_dim=head_dim,
         max_position_embeddings=window,
         rope_theta=theta,
-        rope_scaling=_rope_scaling(path, read, divisors, theta, head_dim, window),
         tie_word_embeddings="lm_head.weight" not in tensors,
         attention_bias=any(n.endswith("bias") and ".self_attn." in n for n in tensors),
         mlp_bias=any(n.endswith("bias") and ".mlp." in n for n in tensors),
@@ -186,6 +257,10 @@ def _config(path: str, read: Read, tensors: dict, divisors: dict) -> ModelConfig
         eos_token_id=read("tokenizer.ggml.eos_token_id"),
         pad_token_id=read("tokenizer.ggml.padding_token_id"),
     )
+    refuse(path, [*config_faults(vars(config)), *rope_faults(config)])
+    config.rope_scaling = _rope_scaling(path, read, divisors, theta, head_dim, window)
+    refuse(path, rope_faults(config))
+    return config
 
 
 def _rope_scaling(
@@ -199,6 +274,11 @@ def _rope_scaling(
     # As llama.cpp reads them: linear where a factor stands alone, under its old name as well.
     kind = key("type", "linear")
     factor = float(key("factor") or read("llama.rope.scale_linear") or 1.0)
+    faults = [f"the factor of its rope is {factor}, it must be 1 or more"] if factor < 1 else []
+    faults += [f"{name} divides by 0" for name, d in divisors.items() if not np.all((d > 0) & (d < np.inf))]
+    if kind != "longrope":
+        faults += [f"{name} does not go with rope scaling {kind!r}" for name in divisors if name != _FREQ_DIVISORS]
+    refuse(path, faults)
     if kind == "linear" and factor == 1:
         kind = "none"
     if kind == "none" and _FREQ_DIVISORS in divisors:
@@ -210,7 +290,7 @@ def _rope_scaling(
         odd.append("yarn_log_multiplier")
     odd += [_FREQ_DIVISORS] if _FREQ_DIVISORS in divisors else []
     if odd or kind not in ("linear", "yarn", "longrope"):
-        raise UserError(f"{path}: rope scaling {kind!r} with {odd} is not supported")
+        refuse(path, [f"rope scaling {kind!r} with {odd} is not supported"])
     original = key("original_context_length")
     attention = float(key("attn_factor", 1.0))
     if kind == "linear":
