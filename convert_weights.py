@@ -66,7 +66,7 @@ def from_gguf(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = errors.ArgumentParser(
         description=__doc__,
         epilog="Example: convert_weights.py to-hf runs/my_run my_model --dtype bfloat16",
     )

@@ -4,7 +4,6 @@ The numbers of a TPU come from compiling the very train step for it, which needs
 `python -m longlora_jax.plan --config configs/7b_32k.py --topology v5e:2x4` (see --help).
 """
 
-import argparse
 import dataclasses
 import math
 import os
@@ -263,7 +262,7 @@ def _advice(found: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; argv without the program's name, None for the process's own."""
-    parser = argparse.ArgumentParser(
+    parser = errors.ArgumentParser(
         prog="python -m longlora_jax.plan",
         description="What a run will need and cost on a TPU, by compiling its train step for it. Fields of the config "
         "can be changed as in train.py: --config.mesh.context=8",

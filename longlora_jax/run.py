@@ -31,6 +31,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     try:
         values(words)
         config = values["config"].value
+        _ = getattr(config, "seq_len", None)  # a file that could not be read says so here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         fault = " ".join(str(error.args[0] if error.args else error).split())
         raise UserError(fault.split("earlier failure to load: ")[-1]) from error

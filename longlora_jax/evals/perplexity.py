@@ -189,11 +189,6 @@ def standard_error(nll: np.ndarray) -> float | None:
 # The command
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def _number(kind: type, least: float, above: bool = False):
     def read(text: str):
         value = kind(text)
@@ -213,7 +208,7 @@ _lengths.__name__ = "list of whole numbers"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = errors.ArgumentParser(
         prog="python -m longlora_jax.evals.perplexity",
         description="Perplexity of a model on text files, by context length: how well it predicts each token from "
         "those before it (lower is better), and whether more context helps it. Each file is one document; it is cut "
