@@ -5,7 +5,9 @@ The numbers of a TPU come from compiling the very train step for it, which needs
 """
 
 import dataclasses
+import itertools
 import math
+import operator
 import os
 import re
 import sys
@@ -18,8 +20,9 @@ import jax
 
 from longlora_jax import errors, run, sharding, trainable
 from longlora_jax.collectives import collectives, totals
-from longlora_jax.config import Config, ModelConfig, validate
+from longlora_jax.config import Config, MeshConfig, ModelConfig, validate
 from longlora_jax.context_parallel import exchange
+from longlora_jax.costs import estimate, forward_flops, step_flops
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
 from longlora_jax.hf_config import load_config
@@ -69,8 +72,8 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     flops = forward_flops(config)
     tokens = config.batch_size * config.seq_len
     # Forward, backward (twice a forward, less the gradients of frozen weights) and what is computed again.
-    step_flops = config.batch_size * _step_flops(config, flops)
-    seconds = step_flops / (mesh.size * chip.tflops * 1e12 * mfu)
+    useful = config.batch_size * step_flops(config, flops)
+    seconds = useful / (mesh.size * chip.tflops * 1e12 * mfu)
     return {
         "topology": topology,
         "devices": mesh.size,
@@ -90,10 +93,11 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
         "hbm_limit_bytes": int(chip.memory_gib * GIB),
         "host_bytes_per_device": memory["host"] if compiled else 0,
         "memory": memory,
+        "estimate": estimate(config, mesh),
         "parameters": trainable.count(abstract_params(Llama(model.config))),
         "trainable_parameters": trainable.count(trainable.partition(shapes, mask)[0]),
         "forward_flops": flops,
-        "step_flops": step_flops,
+        "step_flops": useful,
         "collectives": totals(sent),
         "tokens_per_step": tokens,
         "assumed_mfu": mfu,
@@ -120,33 +124,37 @@ def _extended(config: Config) -> ModelConfig:
     return run.extend_model(model, config)
 
 
-def forward_flops(config: Config) -> dict[str, int]:
-    """FLOPs of one forward pass of one row of seq_len tokens: {ffn, proj, attention, others, total}.
+def search(config: Config, topology: str) -> Config:
+    """The config changed to the longest window, in doublings of its own, that fits a topology: mesh, rows and remat.
 
-    Counted as the paper does (arXiv:2309.12307, appendix): two for a multiplication and an addition; attention as if it
-    were not causal, 4 T^2 N H L under full attention and a group in place of the second T under groups; others is the
-    output projection.
+    Every mesh of fsdp and context over all devices is tried by estimate(), the one with the most rows first; the
+    longest is confirmed by compiling, and shortened until it fits. Raises UserError if not even one doubling less does.
     """
-    c, t = config.model, config.seq_len
-    assert c is not None
-    heads, kv_heads = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
-    seen = config.attention.group_tokens(t) or t
-    flops = {
-        "ffn": 6 * t * c.hidden_size * c.intermediate_size * c.num_hidden_layers,
-        "proj": 2 * t * c.hidden_size * (2 * heads + 2 * kv_heads) * c.num_hidden_layers,
-        "attention": 4 * t * seen * heads * c.num_hidden_layers,
-        "others": 2 * t * c.hidden_size * c.vocab_size,
-    }
-    return flops | {"total": sum(flops.values())}
-
-
-def _step_flops(config: Config, forward: dict[str, int]) -> int:
-    """FLOPs of one row's training step: useful ones, not what remat computes again.
-
-    Adapters leave the kernels frozen: a frozen matrix costs its forward and the gradient of its input, once each.
-    """
-    matrices = forward["ffn"] + forward["proj"]
-    return (2 if config.mode != "full" else 3) * matrices + 3 * forward["attention"] + 2 * forward["others"]
+    config = dataclasses.replace(config, model=config.model or load_config(config.init_from))
+    kind, devices = _devices(topology)
+    limit, ways = CHIPS[kind].memory_gib * GIB, len(devices)
+    fitting = []
+    for doubling, remat in itertools.product(range(-3, 9), ("block", "offload")):
+        seq_len = int(config.seq_len * 2**doubling)
+        for context in (2**k for k in range(int(math.log2(ways)) + 1)):
+            mesh_config = MeshConfig(data=1, fsdp=ways // context, context=context, tensor=1)
+            tried = dataclasses.replace(
+                config, seq_len=seq_len, remat=remat, mesh=mesh_config, accumulation=1, batch_size=ways // context
+            )
+            try:
+                validate(tried)
+                tried = dataclasses.replace(tried, model=_extended(tried))
+                needed = estimate(tried, sharding.make_mesh(mesh_config, devices))["total"]
+            except UserError:  # groups or weights that such a mesh cannot cut
+                continue
+            if seq_len % context == 0 and needed < limit:
+                fitting.append((seq_len, remat == "block", ways // context, tried))
+    for _, _, _, tried in sorted(fitting, key=lambda found: found[:3], reverse=True):
+        mesh = sharding.make_mesh(tried.mesh, devices)
+        print(f"compiling   {tried.seq_len:,} tokens, mesh {dict(mesh.shape)}, remat {tried.remat}", flush=True)
+        if _compile(tried, run.build_model(tried, mesh), mesh)[0]:
+            return tried
+    raise UserError(f"{topology} holds no window of {config.seq_len // 8} tokens or more: take more or larger chips")
 
 
 def _devices(topology: str) -> tuple[str, list]:
@@ -230,6 +238,8 @@ def table(found: dict[str, Any]) -> str:
         f"parameters  {found['parameters']:,}, of which {found['trainable_parameters']:,} train",
         f"memory      {total:.2f} of {limit:.2f} GiB a device: {fits}",
     ]
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in found["estimate"].items())
+    lines.append(f"by hand     {parts} GiB")
     if memory := found["memory"]:
         lines.append(
             f"            {memory['arguments'] / GIB:.2f} weights, optimizer and batch, "
@@ -260,6 +270,12 @@ def _advice(found: dict[str, Any]) -> str:
     return "try more devices, or a shorter --config.seq_len"
 
 
+def _flags(config: Config) -> str:
+    """The flags that make a searched config out of its file."""
+    fields = ("seq_len", "batch_size", "accumulation", "remat", "mesh.fsdp", "mesh.context")
+    return " ".join(f"--config.{name}={operator.attrgetter(name)(config)}" for name in fields)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; argv without the program's name, None for the process's own."""
     parser = errors.ArgumentParser(
@@ -270,11 +286,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="the run: a Python file with get_config()")
     parser.add_argument("--topology", required=True, help="such as v5e:2x4, v5p:2x2x1, v6e:4x4, v4:2x2x2, tpu7x:2x2x1")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak to assume (default: %(default)s)")
+    parser.add_argument(
+        "--search", action="store_true", help="find the longest window that fits, with its mesh, rows and remat"
+    )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan")
     args, overrides = parser.parse_known_args(argv)
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu} must be above 0 and at most 1")
-    found = plan(run.read_config(args.config, overrides), args.topology, mfu=args.mfu)
+    config = run.read_config(args.config, overrides)
+    if args.search:
+        config = search(config, args.topology)
+        print(f"{_flags(config)}\n")
+    found = plan(config, args.topology, mfu=args.mfu)
     print(table(found))
     if args.json:
         write_json(args.json, found)

@@ -1,6 +1,9 @@
 """The plan of a run: the paper's FLOPs exactly, what is sent as the formula says, faults in one line."""
 
 import dataclasses
+import json
+import shlex
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import random_batch, random_params, tiny_config
 
-from longlora_jax import plan, presets, run
+from longlora_jax import costs, plan, presets, run
 from longlora_jax.collectives import Collective, collectives, totals
 from longlora_jax.config import AttentionConfig, LoraConfig, MeshConfig
 from longlora_jax.errors import UserError
@@ -24,6 +27,7 @@ from longlora_jax.trainer import TrainState, jit_train_step
 needs_8 = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
 
 # arXiv:2309.12307, appendix: TFLOPs of a forward pass of the 7B model under full attention and under S2-Attn.
+PLANNED = json.loads((Path(__file__).parents[1] / "benchmarks" / "tpu_plans.json").read_text())
 PAPER = {
     8_192: (70.9, 35.2, 2.1, 35.2, 143.4, 8.8, 117.0),
     16_384: (141.8, 70.4, 4.3, 140.7, 357.2, 35.2, 251.7),
@@ -36,8 +40,8 @@ PAPER = {
 def test_flops_are_the_papers(seq_len):
     """Catches: a factor of two, a projection that is forgotten, S2 that is not a quarter."""
     config = presets.longlora(presets.llama2_7b(), init_from="x", seq_len=seq_len)
-    s2 = plan.forward_flops(config)
-    full = plan.forward_flops(dataclasses.replace(config, attention=AttentionConfig(pattern="full")))
+    s2 = costs.forward_flops(config)
+    full = costs.forward_flops(dataclasses.replace(config, attention=AttentionConfig(pattern="full")))
     found = [s2[k] for k in ("ffn", "proj", "others")] + [
         full["attention"],
         full["total"],
@@ -114,6 +118,24 @@ def test_s2_gathers_no_activation_and_sends_what_the_formula_says(context, group
     half_group = 4 * (group // 2) * (config.num_key_value_heads // 2) * config.head_dim
     sent = sum(c.bytes * c.times for c in found if c.op == "collective-permute" and (1, group // 2, 2, 16) in c.shapes)
     assert sent == config.num_hidden_layers * 6 * half_group
+
+
+@needs_8
+@pytest.mark.parametrize("name", [n for n, row in PLANNED.items() if row["devices"] <= 8])
+def test_the_estimate_is_within_a_tenth_of_the_compiler(name):
+    """Catches: a share of the weights that is counted whole, an offloaded input that is counted on the chip."""
+    row = PLANNED[name]
+    words = shlex.split(row["command"])
+    flags = [word for word in words if word.startswith("--config.")]
+    config = run.read_config(words[words.index("--config") + 1], flags)
+    config = dataclasses.replace(config, model=run.extend_model(config.model, config))
+    mesh = make_mesh(config.mesh, jax.devices()[: row["devices"]])
+    found = costs.estimate(config, mesh)
+    assert found["total"] == pytest.approx(row["hbm_bytes_per_device"], rel=0.1)
+    # What is held between steps is exact, but for the batch: tokens, positions and mask, 64 rows of int32.
+    batch = 3 * 4 * 64 * config.seq_len // row["devices"]
+    held = found["weights"] + found["trainables"] + found["optimizer"]
+    assert held == pytest.approx(row["memory"]["arguments"] - batch, rel=0.01)
 
 
 def test_what_cannot_be_planned_is_one_line(tmp_path):
