@@ -104,6 +104,30 @@ def constrain(x, mesh: Mesh | None):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(row_axes(x.shape[0], mesh), "context")))
 
 
+def embed_on_mesh(embedding, tokens, mesh: Mesh | None, dtype):
+    """embedding[tokens] in dtype: [V, D] and [B, T] give [B, T, D], where activations live.
+
+    Every device looks up its columns for the tokens of all devices that share the embedding with it, and sends them
+    home: nobody holds the whole embedding, or a whole row of activations.
+    """
+    if mesh is None or mesh.size == 1:
+        return embedding[tokens].astype(dtype)
+    shared = ("fsdp", "context")
+    rows = row_axes(tokens.shape[0], mesh)
+
+    def local(columns, tokens):
+        everyone = jax.lax.all_gather(tokens, shared)  # [n, b, t]
+        first = jax.lax.axis_index("tensor") * columns.shape[0]
+        here = (everyone >= first) & (everyone < first + columns.shape[0])
+        found = columns[jnp.where(here, everyone - first, 0)].astype(dtype)
+        found = jax.lax.psum(jnp.where(here[..., None], found, 0), "tensor")  # one of them has the token
+        return jax.lax.all_to_all(found, shared, split_axis=0, concat_axis=3, tiled=True)[0]
+
+    specs = (P("tensor", shared), P(rows, "context"))
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(rows, "context", None), check_vma=False)
+    return run(embedding, tokens)
+
+
 def cross_entropy_on_mesh(hidden, kernel, targets, weights, mesh: Mesh | None, *, chunk: int):
     """losses.cross_entropy with every device scoring its own tokens, in chunks of its own.
 

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from longlora_jax.config import ModelConfig
-from longlora_jax.context_parallel import attend_on_mesh, constrain
+from longlora_jax.context_parallel import attend_on_mesh, constrain, embed_on_mesh
 from longlora_jax.lora import LoraConfig, apply_lora
 from longlora_jax.patterns import FULL, Pattern
 from longlora_jax.rope import apply_rope, rope_frequencies, rope_tables
@@ -219,7 +219,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         with jax.named_scope("embed"):
-            x = constrain(self.embed_tokens()[tokens].astype(self.dtype), self.mesh)
+            x = embed_on_mesh(self.embed_tokens(), tokens, self.mesh, self.dtype)
         frequencies = rope_frequencies(
             head_dim=c.head_dim,
             theta=c.rope_theta,
