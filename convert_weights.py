@@ -25,7 +25,7 @@ def to_hf(args: argparse.Namespace) -> None:
     """Anything that open_model opens -> Hugging Face folder, adapters merged."""
     from longlora_jax import checkpoint, hf
 
-    model = checkpoint.open_model(args.model, args.dtype)
+    model = checkpoint.open_model(args.model, args.dtype, check=True)
     hf.write_hf(args.hf_dir, model.config, model.table, tokenizer_from=model.tokenizer_dir)
 
 

@@ -153,17 +153,18 @@ class OpenModel(NamedTuple):
     tokenizer_dir: str
 
 
-def open_model(path: str, dtype: str | None = None) -> OpenModel:
+def open_model(path: str, dtype: str | None = None, *, check: bool = False) -> OpenModel:
     """Opens a Hugging Face folder (or a name of the hub), a converted checkpoint or a workdir's newest checkpoint.
 
     Adapters are merged when a tensor is read: summed in float32 and rounded once, to dtype (a key of DTYPES).
     None leaves every tensor in the dtype that it has on disk; what a run trained takes its base's.
+    check: compare the tensors of a converted checkpoint with their digests when they are read.
     """
     path = hub.local_folder(path, what=_FOLDERS)
     if is_workdir(path):
-        config, table, tokenizer_dir = _open_workdir(path, dtype)
+        config, table, tokenizer_dir = _open_workdir(path, dtype, check)
     elif (Path(path) / "params").is_dir():
-        (config, table), tokenizer_dir = _open_params(path), path
+        (config, table), tokenizer_dir = _open_params(path, check), path
     else:
         (config, table), tokenizer_dir = hf.open_hf(path), path
     if dtype:
@@ -197,18 +198,18 @@ def open_adapters(workdir: str) -> tuple[Config, dict]:
     return config, trained
 
 
-def _open_params(path: str) -> tuple[ModelConfig, dict[str, Tensor]]:
+def _open_params(path: str, check: bool) -> tuple[ModelConfig, dict[str, Tensor]]:
     """A converted checkpoint, or a param tree that orbax saved in another form of its own beside a config.json."""
     if is_converted(path):
-        return open_converted(path)
+        return open_converted(path, check=check)
     config = hf.load_config(path)
     table = params_table(config, _saved_tree(Path(path) / "params"))
     refuse(path, list(table_faults(config, table)))
     return config, table
 
 
-def _open_workdir(path: str, dtype: str | None) -> tuple[ModelConfig, dict[str, Tensor], str]:
-    config, model, trained, base = _open_run(path)
+def _open_workdir(path: str, dtype: str | None, check: bool) -> tuple[ModelConfig, dict[str, Tensor], str]:
+    config, model, trained, base = _open_run(path, check)
     table = dict(base) | params_table(model, trained)
     if config.mode != "full":
         table = merge_table(table, adapters_of(model, trained, config.lora.scale))
@@ -216,7 +217,7 @@ def _open_workdir(path: str, dtype: str | None) -> tuple[ModelConfig, dict[str, 
     return model, cast_table(table, kinds.__getitem__), _tokenizer_of(config)
 
 
-def _open_run(path: str) -> tuple[Config, ModelConfig, dict, dict[str, Tensor]]:
+def _open_run(path: str, check: bool = False) -> tuple[Config, ModelConfig, dict, dict[str, Tensor]]:
     """(config, model, what was trained, tensors of the base) of a run's newest checkpoint, nothing read yet."""
     config = read_run_config(path)
     assert config.model is not None  # a run is saved resolved
@@ -228,7 +229,7 @@ def _open_run(path: str) -> tuple[Config, ModelConfig, dict, dict[str, Tensor]]:
     base = {}
     if config.mode != "full":
         check_base(path, config)
-        base = open_model(config.init_from).table
+        base = open_model(config.init_from, check=check).table
     return config, config.model, _saved_tree(checkpoints / str(step) / "state", "trainable"), base
 
 

@@ -26,6 +26,8 @@ from longlora_jax.progress import progress_bar
 from longlora_jax.tensors import DTYPES, Tensor
 from longlora_jax.weights import Rule, Table, cast, set_leaf, stacked_dtype, table_faults, weight_rules
 
+_log = logging.getLogger(__name__)
+
 DIGESTS = "digests.json"
 _CHUNK_BYTES = 16 << 20
 _WORKERS = 2  # one tensor is digested while another one is written
@@ -194,13 +196,18 @@ def _holds(path: str, content: np.ndarray, size: int, back: np.ndarray) -> bool:
 
 
 def is_converted(folder: str) -> bool:
-    """Whether a folder is a converted checkpoint."""
-    return os.path.isfile(os.path.join(folder, DIGESTS)) and os.path.isdir(os.path.join(folder, "params"))
+    """Whether a folder is a converted checkpoint, perhaps a damaged one."""
+    return os.path.isfile(os.path.join(folder, DIGESTS)) or any(Path(folder, "params").glob("*/zarr.json"))
 
 
-def open_converted(folder: str) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and the tensors of a converted checkpoint, not read yet; raises UserError naming every fault."""
+def open_converted(folder: str, *, check: bool = False) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config and the tensors of a converted checkpoint, not read yet; raises UserError naming every fault.
+
+    check: compare each tensor with its digest, if there is one, when it is read (half a second a GB); UserError then,
+    if they differ.
+    """
     config = load_config(folder)
+    digests = _digests(folder) if check else {}
     layers = config.num_hidden_layers
     table, faults = {}, []
     for rule in weight_rules(config):
@@ -219,9 +226,19 @@ def open_converted(folder: str) -> tuple[ModelConfig, dict[str, Tensor]]:
             if leaf.missing(rule, i):
                 faults.append(f"{name} is damaged or missing, convert the model again")
             part = store[i] if rule.layered else store
-            table[name] = Tensor(leaf.dtype, rule.hf_shape, _reader(folder, name, rule, part))
+            table[name] = Tensor(leaf.dtype, rule.hf_shape, _reader(folder, name, rule, part, digests.get(name)))
     refuse(folder, faults)
     return config, table
+
+
+def _digests(folder: str) -> dict[str, str]:
+    """The digests of a folder; none, and a warning, where they are lost: the weights may be whole all the same."""
+    try:
+        digests = read_json(os.path.join(folder, DIGESTS)).get("tensors")
+    except UserError as error:
+        _log.warning("%s: the tensors are not compared with their digests", error)
+        return {}
+    return digests if isinstance(digests, dict) else {}
 
 
 def _array_fault(metadata: dict[str, Any], rule: Rule, layers: int) -> str | None:
@@ -241,12 +258,15 @@ def _rows(metadata: dict[str, Any], rule: Rule) -> int:
     return metadata["chunk_grid"]["configuration"]["chunk_shape"][rule.layered + rule.axes_in_hf_order()[0]]
 
 
-def _reader(folder: str, name: str, rule: Rule, store: ts.TensorStore):
+def _reader(folder: str, name: str, rule: Rule, store: ts.TensorStore, digest: str | None):
     def read() -> np.ndarray:
         try:
-            return store.transpose(rule.axes_in_hf_order()).read(order="C").result().reshape(rule.hf_shape)
+            array = store.transpose(rule.axes_in_hf_order()).read(order="C").result().reshape(rule.hf_shape)
         except ValueError as error:
             fault = one_line(str(error), 200)
             raise UserError(f"{folder}: {name} is damaged or missing, convert the model again ({fault})") from error
+        if digest is not None and hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest() != digest:
+            raise UserError(f"{folder}: {name} is not what {DIGESTS} says, convert the model again")
+        return array
 
     return read

@@ -51,7 +51,7 @@ _LLAMA3 = {
 _WORDS = ("general.architecture", "llama.rope.scaling.type", "tokenizer.ggml.model", "tokenizer.ggml.pre")
 _NUMBERS = ("llama.expert_count", "llama.attention.sliding_window", "llama.rope.scale_linear")
 _LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
-_MOST_VALUES = 3_000_000  # in a header, each some 200 bytes of memory; Llama 3 has 950,000: words, lengths, types
+_MOST_VALUES = 2_000_000  # in a header, each some 600 bytes of memory; Llama 3 has 950,000: words, lengths, types
 _LONGEST_WORD = 4096
 
 Read = Callable[..., Any]

@@ -147,7 +147,7 @@ def _field_faults(table: Mapping[str, Any], fields: _Fields) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return one_line(reprlib.repr(value), 100)  # repr() fails where it is nested deeply
+    return one_line(reprlib.repr(value), 100)  # a few words of what may be megabytes
 
 
 def config_faults(raw: Mapping[str, Any], kind: str = "llama") -> list[str]:
@@ -185,7 +185,7 @@ def rope_faults(config: ModelConfig) -> list[str]:
     if not 1 < config.rope_theta < 1e30:
         faults.append(f"rope_theta is {config.rope_theta}, it must be a number above 1")
     if not _is_size(window):
-        faults.append(f"a window of {_shown(window)} tokens is too long, make the factor of the rope smaller")
+        faults.append(f"the window is {_shown(window)} tokens, it must be {_WANTED[_is_size]} and below 2**31")
     if scaling is None:
         return faults
     try:
@@ -203,12 +203,10 @@ def rope_faults(config: ModelConfig) -> list[str]:
 
 def _given_rope_faults(raw: Mapping[str, Any]) -> list[str]:
     """What rope_from_hf trusts."""
-    faults, window, ntk = [], raw.get("longlora_window"), raw.get("longlora_ntk")
-    if window is not None and not _is_size(window):
-        faults.append(f"longlora_window is {_shown(window)}, it must be {_WANTED[_is_size]}")
+    faults, ntk = [], raw.get("longlora_ntk")
     top = {key: raw.get(key) for key in ("rope_theta", "original_max_position_embeddings")}
     for table in (top, raw.get("rope_scaling") or raw.get("rope_parameters") or {}, {} if ntk is None else ntk):
-        if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
+        if not isinstance(table, dict):
             faults.append(f"rope {_shown(table)} must be one flat object with a rope_type")
             continue
         kind = table.get("rope_type", table.get("type"))

@@ -196,6 +196,18 @@ def test_a_lost_chunk_is_an_error_and_not_zeros(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_an_export_checks_the_digests(tmp_path):
+    """Catches: a flipped bit on the disk that goes out as a weight."""
+    config, out = tiny_config(), tmp_path / "out"
+    write_converted(str(out), config, random_table(config), tokenizer_from=None)
+    chunk = out / "params" / "norm.scale" / "c" / "0"
+    chunk.write_bytes(bytes([chunk.read_bytes()[0] ^ 1]) + chunk.read_bytes()[1:])
+    process = convert("to-hf", out, tmp_path / "hf")
+    _, err = process.communicate()
+    assert process.returncode == 2 and "model.norm.weight is not what digests.json says" in err.splitlines()[-1]
+    assert os.listdir(tmp_path) == ["out"]
+
+
 def big_folder(folder):
     """A model of 168 MB, enough for a process to be killed in the middle of it."""
     config = tiny_config(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=20000, head_dim=128)
