@@ -2,21 +2,24 @@
 
 Any field of the config can be overridden: --config.optim.learning_rate=1e-4. Started again with the same
 --workdir, a run goes on from its newest checkpoint. The config file and what it can hold: longlora_jax/config.py.
+On several hosts the same command runs on each; launch/ has recipes.
 """
 
+import dataclasses
 import logging
 import math
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from longlora_jax import checkpoint, metrics, optim, run, sharding, trainable
+from longlora_jax import checkpoint, distributed, metrics, optim, run, sharding, trainable
 from longlora_jax.config import Config
-from longlora_jax.data import as_batch, batches
+from longlora_jax.data import batches, in_order
 from longlora_jax.errors import UserError
 from longlora_jax.kernels import kernel_name
 from longlora_jax.model import Llama, abstract_params
@@ -26,6 +29,13 @@ from longlora_jax.trainer import TrainState, compile_train_step, jit_eval_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the resolved config.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0; clusters that jax knows need no flags.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of this run; 1: this one alone.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.", lower_bound=0)
+_START = flags.DEFINE_integer("start_seconds", 300, "How long processes wait for each other.", lower_bound=1)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 60, "After so long without a sign of life a process is given up.", lower_bound=1
+)
 
 log = logging.getLogger("longlora_jax")
 
@@ -33,17 +43,23 @@ log = logging.getLogger("longlora_jax")
 def train(config: Config, workdir: str) -> None:
     """One run, from the config to the last checkpoint."""
     config, resumed = run.resolve(config, workdir)
+    distributed.check_same("config", lambda: dataclasses.asdict(config))
     mesh = sharding.make_mesh(config.mesh)
     batch_sharding = sharding.batch_sharding(mesh, config.batch_size // config.accumulation)
     model = run.build_model(config, mesh)
-    data = batches(run.read_windows(config.data, config), batch_size=config.batch_size, seed=config.seed)
+    windows = run.read_windows(config.data, config)
+    distributed.check_same("data", lambda: {"the data": zlib.crc32(windows)})
+    rows = sharding.local_rows(batch_sharding, (config.batch_size, config.seq_len))
+    data = batches(windows, batch_size=config.batch_size, seed=config.seed, rows=rows)
     evaluate = Evaluation(config, model) if config.eval.every else None
     state, frozen = run.initial_state(config, model, mesh)
 
     # Nothing is written before this line: whatever the user got wrong has been said by now.
     checkpoints = checkpoint.RunCheckpoints(workdir, keep=config.keep_checkpoints)
-    if not resumed:
+    if not resumed and distributed.is_first():
         checkpoint.write_run_config(workdir, config)
+    distributed.check_shared(f"{workdir}/config.json")
+    distributed.check_same("step", lambda: {"the newest checkpoint": checkpoints.latest_step()})
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
         data.set_state(data_state)
@@ -52,8 +68,8 @@ def train(config: Config, workdir: str) -> None:
     full_from = round(config.steps * (1 - config.attention.full_last))
     if start >= full_from:
         state = state.replace(model=model.clone(pattern=FULL))
-    rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), "int32", sharding=batch_sharding)
-    step_fn = compile_train_step(state, frozen, rows)
+    shape = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), "int32", sharding=batch_sharding)
+    step_fn = compile_train_step(state, frozen, shape)
     print_census(config, state.model, mesh, step_fn, data.tokens_per_epoch)
 
     writer = metrics.MetricsLog(workdir, start_step=start)
@@ -64,11 +80,11 @@ def train(config: Config, workdir: str) -> None:
         if step >= full_from and state.model.pattern != FULL:
             log.info("step %d: from here to the end under full attention (attention.full_last)", step)
             state = state.replace(model=state.model.clone(pattern=FULL))
-            step_fn = compile_train_step(state, frozen, rows)
+            step_fn = compile_train_step(state, frozen, shape)
         batch = next(data)
         del batch["segment_ids"]  # documents are joined: a window is one segment, nothing to mask
-        state, values = step_fn(state, frozen, jax.device_put(batch, batch_sharding))
-        tokens += batch["tokens"].size
+        state, values = step_fn(state, frozen, sharding.place_batch(batch, batch_sharding, rows, config.batch_size))
+        tokens += config.batch_size * config.seq_len
         done = step + 1
         last = done == config.steps
         eval_due = evaluate is not None and (done % config.eval.every == 0 or last)
@@ -98,24 +114,28 @@ class Evaluation:
     """Loss and perplexity of fixed windows under full attention, averaged over tokens."""
 
     def __init__(self, config: Config, model: Llama):
-        self._windows = run.read_windows(config.eval.data, config)[: config.eval.max_windows]
-        self._rows = config.batch_size // config.accumulation
+        windows = run.read_windows(config.eval.data, config)[: config.eval.max_windows]
+        distributed.check_same("eval data", lambda: {"the data of eval": zlib.crc32(windows)})
+        self._windows, self._batch_size = windows, config.batch_size // config.accumulation
+        self._sharding = sharding.batch_sharding(model.mesh, self._batch_size)
+        self._rows = sharding.local_rows(self._sharding, (self._batch_size, config.seq_len))
         self._step = jit_eval_step(model.clone(pattern=FULL), config.loss_chunk)
 
     def __call__(self, state: TrainState, frozen) -> dict[str, float]:
         """Metrics of the state's weights: eval/loss in nats a token, eval/perplexity, eval/tokens scored."""
         params = trainable.combine(state.trainable, frozen)
         total = scored = 0.0
-        for start in range(0, len(self._windows), self._rows):
-            batch = as_batch(self._windows[start : start + self._rows])
+        for batch in in_order(self._windows, batch_size=self._batch_size, rows=self._rows):
             del batch["segment_ids"]
-            sums = self._step(params, batch)
+            sums = self._step(params, sharding.place_batch(batch, self._sharding, self._rows, self._batch_size))
             total, scored = total + float(sums[0]), scored + float(sums[1])
         return {"eval/loss": total / scored, "eval/perplexity": math.exp(total / scored), "eval/tokens": scored}
 
 
 def print_census(config: Config, model: Llama, mesh, step_fn, tokens_per_epoch: int) -> None:
     """What is about to happen: parameters by group, attention, tokens a step, memory, mesh."""
+    if not distributed.is_first():
+        return
     shapes = abstract_params(model)
     for line in metrics.census_lines(trainable.census(shapes, trainable.trainable_mask(shapes, config.mode))):
         print(line)
@@ -147,7 +167,17 @@ def main(argv) -> None:
             raise UserError(
                 f"get_config() of the --config file gives a {type(_CONFIG.value).__name__}: return a Config"
             )
-        train(_CONFIG.value, _WORKDIR.value)
+        distributed.join(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            start_seconds=_START.value,
+            heartbeat_seconds=_HEARTBEAT.value,
+        )
+        if not distributed.is_first():
+            metrics.leave_talking()
+        with distributed.one_end():
+            train(_CONFIG.value, _WORKDIR.value)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from longlora_jax import distributed, progress
+
 
 class _Console(logging.Handler):
     def emit(self, record):
@@ -24,14 +26,23 @@ def log_to_console() -> None:
         logging.getLogger(name).setLevel(level)
 
 
+def leave_talking() -> None:
+    """From here on this process logs errors alone and draws no bars: another one of the run does."""
+    progress.silence()
+    logging.getLogger("longlora_jax").setLevel(logging.ERROR)
+
+
 class MetricsLog:
-    """Writes each logged step to metrics.jsonl and to TensorBoard.
+    """Writes each logged step to metrics.jsonl and to TensorBoard, in the first process of a run.
 
     start_step: the step that a run resumes from; later lines of an earlier attempt, and a line that a crash
     cut off, are removed first, so no step is reported twice.
     """
 
     def __init__(self, workdir: str, *, start_step: int):
+        self._on = distributed.is_first()
+        if not self._on:
+            return
         from tensorboardX import SummaryWriter
 
         path = Path(workdir) / "metrics.jsonl"
@@ -42,6 +53,8 @@ class MetricsLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one object: {"step": step, **values}."""
+        if not self._on:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -49,8 +62,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes and closes both files."""
-        self._file.close()
-        self._events.close()
+        if self._on:
+            self._file.close()
+            self._events.close()
 
 
 def _keep_until(path: Path, step: int) -> None:

@@ -4,6 +4,14 @@ import sys
 
 from tqdm import tqdm
 
+_silent = False
+
+
+def silence() -> None:
+    """Draws no bar any more in this process: another one reports for it."""
+    global _silent
+    _silent = True
+
 
 def progress_bar(total: int, *, label: str, unit: str, start: int = 0) -> tqdm:
     """A progress bar with the time left; where standard error is no terminal, a line of text now and then.
@@ -21,4 +29,5 @@ def progress_bar(total: int, *, label: str, unit: str, start: int = 0) -> tqdm:
         maxinterval=0.5 if terminal else 15,
         dynamic_ncols=terminal,
         ncols=None if terminal else 100,
+        disable=_silent,
     )

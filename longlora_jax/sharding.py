@@ -34,9 +34,11 @@ def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
     """A mesh with axes data, fsdp, context, tensor over all devices (or those given); one axis may be -1, the rest.
 
     Sizes without a -1 may take fewer devices than there are: then the first ones are used, and the log says so.
-    Raises UserError if the sizes ask for more devices, or do not divide those for the rest.
+    Raises UserError if the sizes ask for more devices, do not divide those for the rest, or leave a process of the run
+    without any.
     """
     config = config or MeshConfig()
+    hosts = range(jax.process_count() if devices is None else 0)
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in AXES]
     known = int(np.prod([s for s in sizes if s != -1]))
@@ -47,6 +49,11 @@ def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
         shape = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
         raise UserError(
             f"{shape} does not fit {len(devices)} devices: the sizes must multiply to no more, one may be -1, the rest"
+        )
+    if idle := sorted(set(hosts) - {device.process_index for device in devices[:used]}):
+        raise UserError(
+            f"the mesh takes {used} of {len(devices)} devices, none of processes {', '.join(map(str, idle))}: "
+            "set one of its axes to -1, or start fewer processes"
         )
     if used < len(devices):
         log.warning("the mesh takes %d of %d devices: set one of its axes to -1 to take all", used, len(devices))
@@ -85,6 +92,29 @@ def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
             "make batch_size / accumulation a multiple, or use fewer devices (mesh.data, mesh.fsdp)"
         )
     return NamedSharding(mesh, BATCH)
+
+
+def local_rows(sharding: NamedSharding, shape: tuple[int, int]) -> np.ndarray:
+    """The rows of a batch [B, T] that the devices of this process hold, or a part of, in rising order."""
+    rows, length = shape
+    if length % (context := sharding.mesh.shape["context"]):
+        raise UserError(f"seq_len={length} is not a multiple of mesh.context={context}: choose another of the two")
+    held = sharding.addressable_devices_indices_map(shape).values()
+    return np.unique(np.concatenate([np.arange(rows)[index[0]] for index in held if index]))
+
+
+def place_batch(batch, sharding: NamedSharding, rows: np.ndarray, batch_size: int):
+    """Puts a batch on the mesh: leaves [B, T], of which this process has its local_rows, [len(rows), T] each."""
+
+    def place(x):
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return x[first : first + stop - start, index[1]]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)
 
 
 def place_weights(config: ModelConfig, table: Table, shardings, dtypes) -> Params:

@@ -59,7 +59,7 @@ CASES = {  # name: (pattern, mesh, (B, T, N, K), what is exchanged)
 @pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_mesh_attends_as_one_device(name, packed):
-    """Catches: a neighbour's half that is another's, a first shard that sees zeros, heads that come back in disorder."""
+    """Catches: a neighbour's half that is another's, a first shard that sees zeros, heads in disorder."""
     pattern, axes, (b, t, n, k), how = CASES[name]
     assert exchange(pattern, t, n, k, axes.get("context", 1)) == how
     mesh = mesh_of(**axes)

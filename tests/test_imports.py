@@ -15,7 +15,8 @@ ORDER = (
     *("errors", "files", "progress", "rope", "patterns", "config", "presets", "losses", "lora", "trainable", "data"),
     *("hub", "tensors", "torch_files", "hf_config", "weights", "hf", "peft_files", "peft", "gguf_tokenizer", "gguf"),
     *("kernels", "attention", "optim", "sharding"),
-    *("context_parallel", "model", "trainer", "converted", "checkpoint", "metrics", "run", "collectives", "costs", "plan", "evals", "quickstart"),
+    *("context_parallel", "model", "trainer", "converted", "checkpoint", "distributed", "metrics", "run"),
+    *("collectives", "costs", "plan", "evals", "quickstart"),
 )
 WITHOUT_JAX = ("data", "files", "progress", *ORDER[ORDER.index("hub") : ORDER.index("kernels")])
 SOURCES = sorted(PACKAGE.rglob("*.py"))

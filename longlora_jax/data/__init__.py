@@ -1,6 +1,6 @@
 """Training data: documents, their tokens, windows and batches. Imports neither jax nor torch."""
 
-from longlora_jax.data.loader import Batches, as_batch, batches
+from longlora_jax.data.loader import Batches, as_batch, batches, in_order
 from longlora_jax.data.pack import pack_documents
 from longlora_jax.data.source import (
     HELD_OUT,
@@ -20,6 +20,7 @@ __all__ = [
     "Tokenizer",
     "as_batch",
     "batches",
+    "in_order",
     "is_held_out",
     "load_tokenizer",
     "pack_documents",

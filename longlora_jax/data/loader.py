@@ -1,6 +1,11 @@
-"""Windows to batches: shuffled anew each epoch, without end, at a position that can be saved."""
+"""Windows to batches: shuffled anew each epoch, without end, at a position that can be saved.
+
+Of a run of several processes each holds all windows, since where a window begins depends on every document before it,
+and makes of each batch the rows that it is asked for.
+"""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,9 +22,10 @@ class Batches:
 
     A batch holds `tokens`, `segment_ids`, `positions` and `loss_mask`, each [B, T] int32;
     loss_mask[t] says whether token t is scored as a target. step counts the batches handed out.
+    rows: those of each batch that are handed out, by default all.
     """
 
-    def __init__(self, windows: np.ndarray, *, batch_size: int, seed: int):
+    def __init__(self, windows: np.ndarray, *, batch_size: int, seed: int, rows: np.ndarray | None = None):
         if windows.ndim != 2 or not len(windows):
             raise UserError(f"windows of shape {windows.shape}: pass [num, seq_len], num > 0.")
         if batch_size < 1 or not 0 <= seed < 2**32:
@@ -37,19 +43,17 @@ class Batches:
             "seed": seed,
         }
         source = grain.MapDataset.source(windows)  # pyright: ignore[reportArgumentType]  # any array will do
-        dataset = source.shuffle(seed=seed).repeat()
-        # Nothing remains of an endless repeat; counting a remainder overflows at batch_size 1.
-        dataset = dataset.batch(batch_size, drop_remainder=True).map(as_batch)
-        # No threads: the windows lie in memory, and grain's default would hold 500 batches ready.
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        self._iterator = iter(dataset.to_iter_dataset(options))
+        self._order = source.shuffle(seed=seed).repeat()
+        self._rows = np.arange(batch_size) if rows is None else rows
         self.step = 0
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        first = self.step * self._batch_size
+        windows: list[Any] = [self._order[first + int(row)] for row in self._rows]
+        batch = as_batch(np.stack(windows))
         whole_before = self._epochs_read()
         self.step += 1
         if (whole := self._epochs_read()) > whole_before:
@@ -74,16 +78,24 @@ class Batches:
                 f"the saved data position belongs to {saved}, this run has {self._identity}: "
                 "resume with the config of the run, or start in a new workdir."
             )
-        self._iterator.set_state({"next_index": state["step"]})
         self.step = state["step"]
 
 
-def batches(windows: np.ndarray, *, batch_size: int, seed: int) -> Batches:
+def batches(windows: np.ndarray, *, batch_size: int, seed: int, rows: np.ndarray | None = None) -> Batches:
     """Returns the batches of windows [num, seq_len] int32; the last of an epoch runs into the next.
 
-    Batch n is a function of (windows, batch_size, seed, n) alone.
+    Batch n is a function of (windows, batch_size, seed, n) alone, whoever takes which of its rows.
     """
-    return Batches(windows, batch_size=batch_size, seed=seed)
+    return Batches(windows, batch_size=batch_size, seed=seed, rows=rows)
+
+
+def in_order(windows: np.ndarray, *, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
+    """Batches of windows as they come, once, these rows of each; rows after the last window score nothing."""
+    for first in range(0, len(windows), batch_size):
+        there = first + rows < len(windows)
+        batch = as_batch(windows[np.where(there, first + rows, 0)])
+        batch["loss_mask"] *= there[:, None].astype(np.int32)
+        yield batch
 
 
 def as_batch(tokens: np.ndarray) -> Batch:
