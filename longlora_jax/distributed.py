@@ -27,6 +27,7 @@ from longlora_jax.errors import UserError
 
 _KEY = "longlora_jax"
 _ALONE = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # launchers that say here how many processes they have started
+_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # jax knows Open MPI 4 and no other
 # What jax says where no launcher is around, and in a process that has computed already: nobody waits for that one.
 _NOBODY = ("coordinator_address should be defined", "jax.distributed.initialize() must be called before")
 _LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|CoordinationService")
@@ -83,6 +84,11 @@ def _join_cluster(limits: dict[str, Any]) -> bool:
         jax.distributed.initialize(**limits)
     except Exception as error:  # those of HTTP, Kubernetes and sockets come through
         if str(error).startswith(_NOBODY):
+            if count := next((os.environ[name] for name in _MPI if os.environ.get(name, "1") != "1"), ""):
+                raise UserError(
+                    f"MPI has started {count} processes, and jax cannot find out which of them this is: give "
+                    "--coordinator HOST:PORT of process 0, --num_processes and --process_id"
+                ) from error
             return False
         raise UserError(
             f"the processes of the cluster could not be joined ({_first_line(error)}): give --coordinator, "

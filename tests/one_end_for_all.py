@@ -2,6 +2,7 @@
 
 python tests/one_end_for_all.py PORT COUNT PROCESS HEARTBEAT_SECONDS HOW
 HOW the last one ends: "bug", by an error, or "wait", for whoever ends it from outside.
+PORT 0: a launcher says who is who.
 """
 
 import os
@@ -20,7 +21,8 @@ from longlora_jax import distributed
 def main() -> None:
     """Joins, and adds for a minute if nothing ends it."""
     port, count, me, heartbeat, how = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
-    distributed.join(f"localhost:{port}", count, me, heartbeat_seconds=heartbeat)
+    flags = () if port == "0" else (f"localhost:{port}", count, me)
+    distributed.join(*flags, heartbeat_seconds=heartbeat)
     with distributed.one_end():
         distributed.check_same("start", lambda: {"how": how})
         mesh = jax.make_mesh((count,), ("x",))

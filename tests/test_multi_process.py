@@ -141,10 +141,14 @@ def test_a_coordinator_that_is_not_there(home, environment, tmp_path):
 def test_what_ends_one_process_ends_all(how, environment):
     """Catches: survivors that hang, or that stop without a word or with another code; a silent first process."""
     environment, port = environment | {"PYTHONPATH": str(ROOT)}, str(free_port())
+    if how == "bug":  # as srun starts them
+        step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "3"}
+        environment, port = environment | step | {"JAX_COORDINATOR_PORT": port}, "0"
     command = [sys.executable, str(ROOT / "tests" / "one_end_for_all.py"), port, "3"]
     last = ["5" if how == "stopped" else "30", "bug" if how == "bug" else "wait"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    three = [subprocess.Popen([*command, str(i), *last], env=environment, **pipes) for i in range(3)]
+    tasks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(3)]
+    three = [subprocess.Popen([*command, str(i), *last], env=environment | tasks[i], **pipes) for i in range(3)]
     victim = {"killed": 2, "stopped": 2, "the first killed": 0}.get(how)
     if victim is not None:
         while three[victim].stdout.readline() != "added\n":
@@ -205,6 +209,16 @@ def test_flags_that_cannot_be(flags, monkeypatch):
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     with pytest.raises(UserError, match="HOST:PORT"):
         distributed.join(*flags, start_seconds=1)
+
+
+def test_processes_that_know_nothing_of_each_other(monkeypatch):
+    """Catches: as many runs as processes, all in one workdir, under a launcher that jax does not know."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="MPI has started 4 processes"):
+        distributed.join()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    distributed.join()
+    assert distributed.is_first()
 
 
 def test_every_host_takes_its_rows_of_the_same_batches():
