@@ -10,16 +10,15 @@ import logging
 import math
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from longlora_jax import checkpoint, distributed, metrics, optim, run, sharding, trainable
+from longlora_jax import checkpoint, costs, distributed, metrics, optim, run, sharding, trainable
 from longlora_jax.config import Config
-from longlora_jax.data import batches, in_order
+from longlora_jax.data import Batches, in_order
 from longlora_jax.errors import UserError
 from longlora_jax.kernels import kernel_name
 from longlora_jax.model import Llama, abstract_params
@@ -43,14 +42,16 @@ log = logging.getLogger("longlora_jax")
 def train(config: Config, workdir: str) -> None:
     """One run, from the config to the last checkpoint."""
     config, resumed = run.resolve(config, workdir)
+    metrics.check_wandb(config.wandb)
     distributed.check_same("config", lambda: dataclasses.asdict(config))
     mesh = sharding.make_mesh(config.mesh)
+    config = costs.resolve_remat(config, mesh)
+    distributed.check_same("remat", lambda: {"remat=auto (the memory of its devices)": config.remat})
     batch_sharding = sharding.batch_sharding(mesh, config.batch_size // config.accumulation)
     model = run.build_model(config, mesh)
-    windows = run.read_windows(config.data, config)
-    distributed.check_same("data", lambda: {"the data": zlib.crc32(windows)})
     rows = sharding.local_rows(batch_sharding, (config.batch_size, config.seq_len))
-    data = batches(windows, batch_size=config.batch_size, seed=config.seed, rows=rows)
+    data = run.open_batches(config, rows)
+    distributed.check_same("data", lambda: {"the data": data.identity()})
     evaluate = Evaluation(config, model) if config.eval.every else None
     state, frozen = run.initial_state(config, model, mesh)
 
@@ -69,24 +70,30 @@ def train(config: Config, workdir: str) -> None:
     if start >= full_from:
         state = state.replace(model=model.clone(pattern=FULL))
     shape = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), "int32", sharding=batch_sharding)
-    step_fn = compile_train_step(state, frozen, shape)
-    print_census(config, state.model, mesh, step_fn, data.tokens_per_epoch)
+    step_fn = compile_train_step(state, frozen, shape, segmented=data.segmented)
+    print_census(config, state.model, mesh, step_fn, data)
 
-    writer = metrics.MetricsLog(workdir, start_step=start)
+    writer = metrics.MetricsLog(workdir, start_step=start, wandb=config.wandb, config=dataclasses.asdict(config))
     schedule = optim.make_schedule(config.optim, config.steps)
     bar = progress_bar(config.steps, start=start, label=Path(workdir).name, unit="step")
+
+    def place(batch):
+        if not data.segmented:
+            del batch["segment_ids"]  # a row is one segment: nothing to mask
+        return sharding.place_batch(batch, batch_sharding, rows, config.batch_size)
+
+    batch = place(next(data)) if start < config.steps else None
     began, tokens, logged = time.perf_counter(), 0, start
     for step in range(start, config.steps):
         if step >= full_from and state.model.pattern != FULL:
             log.info("step %d: from here to the end under full attention (attention.full_last)", step)
             state = state.replace(model=state.model.clone(pattern=FULL))
-            step_fn = compile_train_step(state, frozen, shape)
-        batch = next(data)
-        del batch["segment_ids"]  # documents are joined: a window is one segment, nothing to mask
-        state, values = step_fn(state, frozen, sharding.place_batch(batch, batch_sharding, rows, config.batch_size))
+            step_fn = compile_train_step(state, frozen, shape, segmented=data.segmented)
+        state, values = step_fn(state, frozen, batch)
         tokens += config.batch_size * config.seq_len
         done = step + 1
         last = done == config.steps
+        batch = None if last else place(next(data))  # while the step runs
         eval_due = evaluate is not None and (done % config.eval.every == 0 or last)
         if done % config.log_every == 0 or eval_due or last:
             loss = float(values["loss"])  # waits for the step
@@ -98,13 +105,15 @@ def train(config: Config, workdir: str) -> None:
                 "perf/tokens_per_second": tokens / seconds,
                 "perf/step_seconds": seconds / (done - logged),
             }
+            line |= metrics.peak_memory()
             writer.write(done, line | (evaluate(state, frozen) if eval_due else {}))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             began, tokens, logged = time.perf_counter(), 0, done
         bar.update()
         if done % config.save_every == 0 or last:
-            checkpoints.save(state, data.get_state())
+            checkpoints.save(state, data.get_state(done))
     bar.close()
+    data.close()
     checkpoints.close()
     writer.close()
     log.info("done: %d steps in %s", config.steps, workdir)
@@ -114,9 +123,9 @@ class Evaluation:
     """Loss and perplexity of fixed windows under full attention, averaged over tokens."""
 
     def __init__(self, config: Config, model: Llama):
-        windows = run.read_windows(config.eval.data, config)[: config.eval.max_windows]
-        distributed.check_same("eval data", lambda: {"the data of eval": zlib.crc32(windows)})
-        self._windows, self._batch_size = windows, config.batch_size // config.accumulation
+        self._windows = windows = run.read_windows(config.eval.data, config)
+        distributed.check_same("eval data", lambda: {"the data of eval": windows.identity()})
+        self._batch_size, self._max_windows = config.batch_size // config.accumulation, config.eval.max_windows
         self._sharding = sharding.batch_sharding(model.mesh, self._batch_size)
         self._rows = sharding.local_rows(self._sharding, (self._batch_size, config.seq_len))
         self._step = jit_eval_step(model.clone(pattern=FULL), config.loss_chunk)
@@ -125,29 +134,35 @@ class Evaluation:
         """Metrics of the state's weights: eval/loss in nats a token, eval/perplexity, eval/tokens scored."""
         params = trainable.combine(state.trainable, frozen)
         total = scored = 0.0
-        for batch in in_order(self._windows, batch_size=self._batch_size, rows=self._rows):
-            del batch["segment_ids"]
+        few = {"batch_size": self._batch_size, "rows": self._rows, "max_windows": self._max_windows}
+        for batch in in_order(self._windows, **few):
+            if not self._windows.segmented:
+                del batch["segment_ids"]
             sums = self._step(params, sharding.place_batch(batch, self._sharding, self._rows, self._batch_size))
             total, scored = total + float(sums[0]), scored + float(sums[1])
         return {"eval/loss": total / scored, "eval/perplexity": math.exp(total / scored), "eval/tokens": scored}
 
 
-def print_census(config: Config, model: Llama, mesh, step_fn, tokens_per_epoch: int) -> None:
-    """What is about to happen: parameters by group, attention, tokens a step, memory, mesh."""
+def print_census(config: Config, model: Llama, mesh, step_fn, data: Batches) -> None:
+    """What is about to happen: parameters by group, attention, data, tokens a step, memory, mesh."""
     if not distributed.is_first():
         return
     shapes = abstract_params(model)
     for line in metrics.census_lines(trainable.census(shapes, trainable.trainable_mask(shapes, config.mode))):
         print(line)
     tokens = config.batch_size * config.seq_len
-    epochs = config.steps * tokens / tokens_per_epoch
     memory = step_fn.memory_analysis()
     held, temporary = memory.argument_size_in_bytes / 2**30, memory.temp_size_in_bytes / 2**30
     rope = config.model.rope_scaling
     scaled = f"{rope.rope_type} x{rope.factor:g} from {rope.original_max_position_embeddings:,}" if rope else "unscaled"
     print(f"model      window {config.model.max_position_embeddings:,}, rope {scaled}")
-    print(f"attention  {model.pattern}, kernel {kernel_name()}, dtype {config.dtype}, remat {config.remat}")
-    print(f"step       {tokens:,} tokens, {config.steps:,} steps, {epochs:.2f} epochs")
+    kernel = kernel_name(config.dtype, config.model.head_dim)
+    print(f"attention  {model.pattern}, kernel {kernel}, dtype {config.dtype}, remat {config.remat}")
+    for part, share, epochs in zip(data.parts, data.shares, data.epochs(config.steps), strict=True):
+        print(f"data       {share:.1%} of rows, {epochs:.2f} epochs, {part.packing.line()}")
+    print(f"step       {tokens:,} tokens, {config.steps:,} steps")
+    if rates := optim.own_rates(config.optim):
+        print(f"rates      {', '.join(f'{group} {rate:g}' for group, rate in rates.items())}, all else as optim says")
     print(
         f"memory     {held + temporary:.2f} GiB a device expected: {held:.2f} of weights and optimizer, "
         f"{temporary:.2f} of gradients and activations"

@@ -15,6 +15,7 @@ _HOME = {
     "combine": "trainable",
     "cross_entropy": "losses",
     "eval_step": "trainer",
+    "generate": "generate",
     "load_hf": "hf",
     "load_peft": "peft",
     "make_mesh": "sharding",

@@ -49,6 +49,8 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 parts = parts[1:2]  # (what is given, what comes back, context)
             size = sum(math.prod(shape) * _SIZES[dtype] for dtype, shape in parts)
             axis = _axis(match["rest"], mesh, axes)
+            if not axis:
+                continue
             origin = re.search(r'op_name="([^"]*)"', line)
             # What stands outside of every loop may be overlapped with one, piece by piece, and still runs once.
             count = 1 if origin and "while" not in origin[1] else times[name]
@@ -122,13 +124,15 @@ def _axes_of_groups(mesh: Mesh) -> dict[frozenset, str]:
 
 
 def _axis(attributes: str, mesh: Mesh, axes: dict[frozenset, str]) -> str:
+    """The axes that an operation goes over, "?" for groups that are no axes', "" for groups of one device."""
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
         moved = set()
         for source, target in re.findall(r"\{(\d+),(\d+)\}", pairs[1]):
             here, there = (np.unravel_index(int(i), mesh.devices.shape) for i in (source, target))
             moved |= {name for name, a, b in zip(mesh.axis_names, here, there, strict=True) if a != b}
         return "+".join(name for name in mesh.axis_names if name in moved)
-    return axes.get(_groups(attributes, mesh.size), "?")
+    groups = _groups(attributes, mesh.size)
+    return axes.get(groups, "?") if any(len(group) > 1 for group in groups) else ""
 
 
 def _groups(attributes: str, devices: int) -> frozenset:

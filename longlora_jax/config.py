@@ -88,16 +88,26 @@ class AttentionConfig:
 class DataConfig:
     """Where documents come from and how they become windows (see longlora_jax.data)."""
 
-    source: str = "text"  # text | python | hf
-    path: str = (
-        ""  # text: a file, folder or glob; python: a folder, "" the running interpreter's library; hf: name or folder
-    )
+    source: str = "text"  # text | python | jsonl | parquet | hf | tokens | arrayrecord
+    # A file, folder or glob; python: "" is the running interpreter's library; hf: also a name of the hub;
+    # tokens: ids as raw uint16 or uint32; arrayrecord: what longlora_jax.data.prepare has written.
+    path: str = ""
     split: str = "train"  # hf only
-    text_key: str = "text"  # hf only
+    text_key: str = "text"  # jsonl, parquet and hf: where the text is in a row
+    streaming: bool = False  # hf only: read rows as they are needed, download no whole data set first
     tokenizer: str = ""  # a folder with tokenizer files; "": that of init_from
+    add_bos: bool = True  # begin documents with BOS where the tokenizer adds one; a chat template alone says for chats
     hold_out: tuple[str, ...] = ()  # files by name that are never read
     only: tuple[str, ...] = ()  # read these files alone
     max_tokens: int = 0  # stop reading after so many tokens; 0: read all
+    on_bad_row: str = "stop"  # stop | skip (and count): a row that cannot be read or has no text
+    task: str = "text"  # text: every token is a target | sft: rows are instructions or chats, answers are the targets
+    prompt: str = "chat"  # sft: chat (the tokenizer's own template) | alpaca (LongLoRA's Llama-2 prompt)
+    # concat: documents joined and cut (the paper's) | best_fit: whole documents, as many as fit, each a segment of its
+    # own | long: windows out of one long document each
+    packing: str = "concat"
+    min_tokens: int = 0  # long: shorter documents are left out; 0: those shorter than a window
+    weight: float = 1.0  # the share of rows that come from here is weight / sum of weights (Config.mixture)
 
 
 @dataclass
@@ -105,6 +115,8 @@ class OptimConfig:
     """AdamW as the paper runs it."""
 
     learning_rate: float = 2e-5
+    embedding_learning_rate: float = 0.0  # of embed_tokens and lm_head where they train; 0: learning_rate
+    norm_learning_rate: float = 0.0  # of the norms' scales; 0: learning_rate
     schedule: str = "constant"  # constant | cosine | linear
     warmup_steps: int = 20
     end_ratio: float = 0.0  # where cosine and linear end, as a share of learning_rate
@@ -152,15 +164,22 @@ class Config:
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    mixture: tuple[DataConfig, ...] = ()  # more data: every batch takes rows of all by their weights
+    workers: int = 0  # processes that read and pack ahead; 0: a thread of this one. Batches are the same
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     dtype: str = "bfloat16"  # of activations and frozen weights: bfloat16 | float32
+    neftune_alpha: float = 0.0  # noise on the embeddings in training (arXiv:2310.05914 takes 5 to 15); 0: none
     # What the backward pass computes again of a block: block (all of it), attention (all but attention), none, or
-    # offload (all, and the blocks' inputs wait in the host's memory: TPU and GPU).
+    # offload (all, and the blocks' inputs wait in the host's memory: TPU and GPU). auto: the fastest that fits, by the
+    # planner's estimate.
     remat: str = "block"
+    # Of a very long sequence: a block's heads, and the tokens of its MLP, come in so many chunks, one after another.
+    chunks: int = 1
     loss_chunk: int = 1024  # rows of logits that exist at a time
     log_every: int = 1
+    wandb: str = ""  # also report to this project of Weights & Biases (pip install wandb); "": do not
     save_every: int = 100
     keep_checkpoints: int = 2
     seed: int = 0
@@ -169,12 +188,17 @@ class Config:
 CHOICES = {
     "mode": MODES,
     "dtype": ("bfloat16", "float32"),
-    "remat": ("block", "attention", "offload", "none"),
+    "remat": ("block", "attention", "offload", "none", "auto"),
     "attention.pattern": PATTERNS,
     "optim.schedule": ("constant", "cosine", "linear"),
-    "data.source": ("text", "python", "hf"),
-    "eval.data.source": ("text", "python", "hf"),
     "rope.type": (*ROPE_TYPES, "keep"),
+}
+DATA_CHOICES = {
+    "source": ("text", "python", "jsonl", "parquet", "hf", "tokens", "arrayrecord"),
+    "task": ("text", "sft"),
+    "prompt": ("chat", "alpaca"),
+    "packing": ("concat", "best_fit", "long"),
+    "on_bad_row": ("stop", "skip"),
 }
 POSITIVE = (
     "seq_len",
@@ -182,6 +206,7 @@ POSITIVE = (
     "batch_size",
     "accumulation",
     "loss_chunk",
+    "chunks",
     "log_every",
     "save_every",
     "keep_checkpoints",
@@ -204,6 +229,13 @@ def validate(config: Config) -> None:
         faults.append("there is no tokenizer: set data.tokenizer to a folder that has one")
     if config.mode != "full" and not config.init_from:
         faults.append(f"mode={config.mode!r} adapts a base model: set init_from to its folder, or mode to full")
+    for name, data in data_parts(config).items():
+        if isinstance(data, DataConfig):
+            faults += _data_faults(name, data, config.seq_len)
+        else:
+            faults.append(f"{name} is a {type(data).__name__}: give a DataConfig")
+    if config.workers < 0:
+        faults.append(f"workers={config.workers} must be 0 (none) or more")
     if config.eval.every < 0 or config.eval.max_windows < 1:
         faults.append("eval.every must be 0 (never) or more, eval.max_windows 1 or more")
     if config.accumulation > 0 and config.batch_size % config.accumulation:
@@ -219,8 +251,55 @@ def validate(config: Config) -> None:
         faults.append(f"lora.targets holds {', '.join(sorted(unknown))}: use names out of {known}")
     if not 0 <= config.lora.dropout < 1:
         faults.append(f"lora.dropout={config.lora.dropout} must be at least 0 and below 1")
+    if not 0 <= config.neftune_alpha < math.inf:
+        faults.append(f"neftune_alpha={config.neftune_alpha} must be 0 (no noise) or more (NEFTune uses 5 to 15)")
+    faults += _rate_faults(config.optim, config.mode)
     if faults:
         raise UserError("; ".join(faults))
+
+
+def _rate_faults(optim: OptimConfig, mode: str) -> list[str]:
+    faults = []
+    for name in ("embedding_learning_rate", "norm_learning_rate"):
+        rate = getattr(optim, name)
+        if not 0 <= rate < math.inf:
+            faults.append(f"optim.{name}={rate} must be 0 (that is, learning_rate) or more")
+        elif rate and mode == "lora":
+            faults.append(f"optim.{name}={rate}, but mode='lora' trains adapters alone: set mode to lora_plus")
+        elif rate and optim.learning_rate <= 0:
+            faults.append(f"optim.{name}={rate} follows the schedule of learning_rate: set that above 0")
+    return faults
+
+
+def data_parts(config: Config) -> dict[str, DataConfig]:
+    """Every DataConfig of a run by its name in the config."""
+    more = {f"mixture[{i}]": data for i, data in enumerate(config.mixture)}
+    return {"data": config.data, **more, "eval.data": config.eval.data}
+
+
+def _data_faults(name: str, data: DataConfig, seq_len: int) -> list[str]:
+    faults = []
+    for field_name, choices in DATA_CHOICES.items():
+        value = getattr(data, field_name)
+        if value not in choices:
+            faults.append(f"{name}.{field_name}={value!r} is unknown: use one of {', '.join(choices)}")
+    if data.max_tokens < 0:
+        faults.append(f"{name}.max_tokens={data.max_tokens} must be 0 (read all) or more")
+    if not 0 < data.weight < math.inf:  # NaN fails as well
+        faults.append(f"{name}.weight={data.weight} is no share: give a number above 0, or leave the data out")
+    if data.min_tokens and (data.packing != "long" or data.min_tokens < seq_len):
+        faults.append(
+            f"{name}.min_tokens={data.min_tokens} has no effect: it is for packing='long', and a window out of one "
+            f"document needs seq_len={seq_len} tokens anyway; give more, or 0"
+        )
+    if data.task == "sft" and data.packing != "best_fit":
+        faults.append(
+            f"{name}.packing={data.packing!r} would cut answers: set it to best_fit for {name}.task='sft', "
+            "which packs whole examples"
+        )
+    if data.task == "sft" and data.source not in ("jsonl", "parquet", "hf"):
+        faults.append(f"{name}.source={data.source!r} has no rows of instructions: use one of jsonl, parquet, hf")
+    return faults
 
 
 def _group_faults(attention: AttentionConfig, seq_len: int) -> list[str]:
@@ -255,6 +334,9 @@ def from_dict(kind, values: dict):
             hint = next(h for h in typing.get_args(hint) if h is not type(None))
         if dataclasses.is_dataclass(hint) and value is not None:
             return from_dict(hint, value)
-        return tuple(value) if isinstance(value, list) else value
+        if not isinstance(value, list):
+            return value
+        inner = next(iter(typing.get_args(hint)), None)
+        return tuple(from_dict(inner, item) if dataclasses.is_dataclass(inner) else item for item in value)
 
     return kind(**{name: restore(hints[name], value) for name, value in values.items()})

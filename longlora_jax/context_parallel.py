@@ -104,11 +104,12 @@ def constrain(x, mesh: Mesh | None):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(row_axes(x.shape[0], mesh), "context")))
 
 
-def embed_on_mesh(embedding, tokens, mesh: Mesh | None, dtype):
+def embed_on_mesh(embedding, tokens, mesh: Mesh | None, dtype, *, chunks: int = 1):
     """embedding[tokens] in dtype: [V, D] and [B, T] give [B, T, D], where activations live.
 
     Every device looks up its columns for the tokens of all devices that share the embedding with it, and sends them
-    home: nobody holds the whole embedding, or a whole row of activations.
+    home: nobody holds the whole embedding, or a whole row of activations. chunks: so many shares of a device's tokens,
+    one after another.
     """
     if mesh is None or mesh.size == 1:
         return embedding[tokens].astype(dtype)
@@ -116,6 +117,13 @@ def embed_on_mesh(embedding, tokens, mesh: Mesh | None, dtype):
     rows = row_axes(tokens.shape[0], mesh)
 
     def local(columns, tokens):
+        if chunks == 1 or tokens.shape[1] % chunks:
+            return share(columns, tokens)
+        pieces = tokens.reshape(tokens.shape[0], chunks, -1).swapaxes(0, 1)
+        found = jax.lax.map(lambda piece: share(columns, piece), pieces)
+        return found.swapaxes(0, 1).reshape(*tokens.shape, -1)
+
+    def share(columns, tokens):
         everyone = jax.lax.all_gather(tokens, shared)  # [n, b, t]
         first = jax.lax.axis_index("tensor") * columns.shape[0]
         here = (everyone >= first) & (everyone < first + columns.shape[0])

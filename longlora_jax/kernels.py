@@ -1,14 +1,16 @@
 """The fast ways to compute plain causal attention; LongLoRA's groups arrive here folded into the batch axis.
 
 No kernel knows about groups or shifts: attention.py cuts a pattern into pieces that are causal inside, and
-every piece comes here as rows of a batch. TPUs run JAX's splash attention. The XLA kernel below runs on any device: it
-is the tiling of FlashAttention-2 (arXiv:2307.08691) written with jax.numpy: blocks of scores are made, used and
-dropped, blocks above the diagonal are never visited, and the backward pass recomputes scores from the saved
-log-sum-exp of each row.
+every piece comes here as rows of a batch. TPUs run JAX's splash attention, NVIDIA's GPUs cuDNN's flash attention where
+it can (gpu_fault says where not). The XLA kernel below runs on any device: it is the tiling of FlashAttention-2
+(arXiv:2307.08691) written with jax.numpy: blocks of scores are made, used and dropped, blocks above the diagonal are
+never visited, and the backward pass recomputes scores from the saved log-sum-exp of each row.
 """
 
 import contextlib
 import contextvars
+import functools
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 # which comes last and where every query sees at least itself.
 MASKED = -1e30
 
+log = logging.getLogger(__name__)
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -36,9 +39,11 @@ def compiled_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
-def kernel_name() -> str:
-    """The kernel that causal_attention runs here, for logs."""
+def kernel_name(dtype=jnp.bfloat16, head_dim: int = 128) -> str:
+    """The kernel that causal_attention runs here for rows of one segment, for logs."""
     platform = _platform.get() or jax.default_backend()
+    if platform == "gpu" and not gpu_fault((1, 1, 1, head_dim), dtype, 1, False, capability=_capability()):
+        return "cudnn on gpu"
     return f"splash on {platform}" if platform == "tpu" else f"xla-blockwise on {platform}"
 
 
@@ -49,9 +54,82 @@ def causal_attention(q, k, v, segment_ids=None):
     segment_ids: [Z, T] int32 or None, tokens see their own segment only. Returns [Z, T, N, H] in q's dtype.
     Scores, softmax and sums are float32.
     """
-    if kernel_name().startswith("splash"):
+    platform = _platform.get() or jax.default_backend()
+    if platform == "tpu":
         return splash_attention(q, k, v, segment_ids)
+    if platform == "gpu":
+        fault = gpu_fault(q.shape, q.dtype, k.shape[2], segment_ids is not None, capability=_capability())
+        if not fault:
+            return cudnn_attention(q, k, v)
+        _say_once(f"attention runs the blockwise XLA kernel, not cuDNN's: {fault}")
     return blockwise_attention(q, k, v, segment_ids)
+
+
+def gpu_fault(q_shape, dtype, kv_heads: int, segments: bool, *, capability: str | None = None) -> str:
+    """Why cuDNN's flash attention cannot take q [Z, T, N, H] and kv_heads heads of keys and values; "" where it can.
+
+    segments: whether segment ids restrict it; capability: the GPU's, such as "9.0", "" where it is not NVIDIA's, None
+    where it is not known. What jax.nn.dot_product_attention refuses, and what would cost it [T, T] memory.
+    """
+    heads, head_dim = q_shape[2:]
+    if capability == "":
+        return "it is made for NVIDIA's GPUs"
+    if capability and tuple(map(int, capability.split("."))) < (8, 0):
+        return f"it needs compute capability 8.0 or later, this GPU has {capability}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    if head_dim % 8 or head_dim > 128:  # Hopper's has 256, which no LLaMA needs
+        return f"it takes a head_dim that is a multiple of 8 and at most 128, not {head_dim}"
+    if heads % kv_heads:
+        return f"{heads} query heads are no multiple of {kv_heads} kv heads"
+    # Its packed layout wants a bound on the documents of a row, and jax.nn does not offer it; a mask would be [T, T].
+    return "rows are packed, and it takes no segments" if segments else ""
+
+
+@functools.cache
+def _capability() -> str | None:
+    """The compute capability of this machine's GPU: "" if it is not NVIDIA's, None if there is none."""
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.local_devices()[0]
+    return device.compute_capability if "cuda" in device.client.platform_version else ""
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    log.warning(message)
+
+
+def cudnn_attention(q, k, v):
+    """causal_attention by cuDNN's flash attention, for what gpu_fault has nothing against."""
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def keeps_cudnn(primitive, *_, **__) -> bool:
+    """A remat policy: keeps what cuDNN's backward pass needs of its forward, output and log-sum-exp.
+
+    They are made inside of JAX's own function, where they cannot be given names; without it the backward pass would
+    begin by computing attention again.
+    """
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+def causal_mask(t: int):
+    """The causal mask of t tokens for the splash kernel, ready at once.
+
+    The kernel asks a mask for every block whether all or any of it is seen, which it answers with as many bools: minutes
+    at 262,144 tokens. Off the diagonal one bool says it.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    class Causal(splash.CausalMask):
+        def __getitem__(self, index):
+            q, k = index
+            if q.start >= k.stop - 1 or q.stop <= k.start:
+                return np.array([[q.start >= k.stop - 1]])
+            return super().__getitem__(index)
+
+    return Causal((t, t))
 
 
 def splash_attention(q, k, v, segment_ids=None, *, interpret: bool = False):
@@ -71,7 +149,7 @@ def splash_attention(q, k, v, segment_ids=None, *, interpret: bool = False):
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
         segments = splash.SegmentIds(q=segment_ids, kv=segment_ids)
     kernel = splash.make_splash_mha(
-        mask=splash.MultiHeadMask([splash.CausalMask((t + pad, t + pad))] * n),
+        mask=splash.MultiHeadMask([causal_mask(t + pad)] * n),
         block_sizes=splash.BlockSizes(
             block_q=block, block_kv=block, block_kv_compute=block,
             block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,

@@ -1,13 +1,18 @@
-"""What a run reports: metrics.jsonl, TensorBoard events, a progress bar, and the census at the start."""
+"""What a run reports: metrics.jsonl, TensorBoard events, Weights & Biases if asked, and the census at the start."""
 
 import json
 import logging
+import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from longlora_jax import distributed, progress
+from longlora_jax.errors import UserError
+from longlora_jax.files import read_json, write_json
 
 
 class _Console(logging.Handler):
@@ -33,18 +38,20 @@ def leave_talking() -> None:
 
 
 class MetricsLog:
-    """Writes each logged step to metrics.jsonl and to TensorBoard, in the first process of a run.
+    """Writes each logged step to metrics.jsonl, to TensorBoard and to Weights & Biases, in a run's first process.
 
     start_step: the step that a run resumes from; later lines of an earlier attempt, and a line that a crash
-    cut off, are removed first, so no step is reported twice.
+    cut off, are removed first, so no step is reported twice. wandb: a project of Weights & Biases, "" for none;
+    config: what is kept there as the run's config. Raises UserError if Weights & Biases does not let the run in.
     """
 
-    def __init__(self, workdir: str, *, start_step: int):
+    def __init__(self, workdir: str, *, start_step: int, wandb: str = "", config: dict[str, Any] | None = None):
         self._on = distributed.is_first()
         if not self._on:
             return
         from tensorboardX import SummaryWriter
 
+        self._wandb = _start_wandb(wandb, workdir, config) if wandb else None
         path = Path(workdir) / "metrics.jsonl"
         _keep_until(path, start_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
@@ -59,12 +66,53 @@ class MetricsLog:
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Flushes and closes all of them."""
         if self._on:
             self._file.close()
             self._events.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def check_wandb(project: str) -> None:
+    """Raises UserError if a run that reports to a project of Weights & Biases ("" for none) could not."""
+    if project and distributed.is_first():
+        _import_wandb(project)
+
+
+def _import_wandb(project: str):
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(f"wandb={project!r} needs a package: pip install wandb, or leave wandb empty") from None
+    return wandb
+
+
+def _start_wandb(project: str, workdir: str, config: dict[str, Any] | None):
+    """The run of a workdir at Weights & Biases: a resumed one goes on in the one that its wandb.json names."""
+    wandb = _import_wandb(project)
+    path = Path(workdir) / "wandb.json"
+    saved = read_json(str(path)) if path.exists() else {}
+    if saved.get("project") != project:
+        saved = {"project": project, "id": secrets.token_hex(4)}
+        write_json(str(path), saved)
+    name = Path(workdir).absolute().name
+    try:
+        return wandb.init(project=project, id=saved["id"], resume="allow", name=name, dir=workdir, config=config)
+    except wandb.Error as error:
+        fault = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"Weights & Biases: {fault}; or set WANDB_MODE=offline, or leave wandb empty") from error
+
+
+def peak_memory() -> dict[str, float]:
+    """{"perf/peak_memory_gib": the most that a device of this process held so far}; {} where devices do not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return {"perf/peak_memory_gib": max(peaks) / 2**30} if peaks else {}
 
 
 def _keep_until(path: Path, step: int) -> None:

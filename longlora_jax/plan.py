@@ -1,6 +1,7 @@
 """What a run will cost, before it is paid for: parameters, FLOPs, memory, what is sent, hours.
 
-The numbers of a TPU come from compiling the very train step for it, which needs no TPU but the package `libtpu`.
+The numbers of a TPU come from compiling the very train step for it, which needs no TPU but the package `libtpu`; those
+of GPUs from formulas (costs.py), which were fitted to TPUs.
 `python -m longlora_jax.plan --config configs/7b_32k.py --topology v5e:2x4` (see --help).
 """
 
@@ -8,21 +9,21 @@ import dataclasses
 import itertools
 import math
 import operator
-import os
 import re
 import sys
 import time
 import types
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from longlora_jax import errors, run, sharding, trainable
+from longlora_jax.chips import GIB, GPUS, Topology, find_topology
 from longlora_jax.collectives import collectives, totals
 from longlora_jax.config import Config, MeshConfig, ModelConfig, validate
 from longlora_jax.context_parallel import exchange
-from longlora_jax.costs import estimate, forward_flops, step_flops
+from longlora_jax.costs import choose_remat, estimate, forward_flops, host_bytes, sent, step_flops
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
 from longlora_jax.hf_config import load_config
@@ -30,45 +31,33 @@ from longlora_jax.kernels import compiled_for
 from longlora_jax.model import Llama, abstract_params
 from longlora_jax.trainer import compile_train_step
 
-GIB = 2**30
-
-
-class Chip(NamedTuple):
-    """One kind of accelerator: libtpu's name of it, usable memory in GiB and peak bf16 TFLOP/s, both of a device."""
-
-    accelerator: str
-    memory_gib: float
-    tflops: float
-
-
-# Memory as the compiler counts it, without what the runtime keeps; FLOP/s from cloud.google.com/tpu/docs.
-CHIPS = {
-    "v4": Chip("v4", 30.75, 275),
-    "v5e": Chip("v5litepod", 15.75, 197),
-    "v5p": Chip("v5p", 95.74, 459),
-    "v6e": Chip("v6e", 31.25, 918),
-    "tpu7x": Chip("tpu7x", 94.75, 1153),
-}
-
 
 def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
-    """The plan of a run on a TPU topology such as "v5e:2x4" (8 chips of v5e), as one JSON-like dict.
+    """The plan of a run on a topology such as "v5e:2x4" (8 TPU chips of v5e) or "h100:8", as one JSON-like dict.
 
+    TPUs are compiled for; GPUs are planned by formula: "memory_by" and "collectives_by" say "compiler" or "formula".
     mfu: the share of the chips' peak that the step is taken to reach, for tokens a second and hours: a guess, not a
     measurement. Raises UserError for a topology or a mesh that cannot be.
     """
     validate(config)
     config = dataclasses.replace(config, model=_extended(config))
-    kind, devices = _devices(topology)
-    chip = CHIPS[kind]
-    mesh = sharding.make_mesh(config.mesh, devices)
+    found = find_topology(topology)
+    chip, mesh = found.chip, _mesh(config, found)
+    limit = int(chip.memory_gib * GIB)
+    if config.remat == "auto":
+        config = choose_remat(config, mesh, limit)
     model = run.build_model(config, mesh)
     started = time.perf_counter()
-    compiled, needed = _compile(config, model, mesh)
-    memory = _memory(compiled)
+    by_hand = estimate(config, mesh)
+    if by_compiler := found.devices is not None:
+        compiled, needed = _compile(config, model, mesh)
+        memory, fits = _memory(compiled), compiled is not None
+        needed = memory["total"] if compiled else needed
+    else:
+        compiled, memory, needed, fits = None, {}, by_hand["total"], by_hand["total"] <= limit
+    text = _text(compiled) if compiled else ""
     shapes = abstract_params(model)
     mask = trainable.trainable_mask(shapes, config.mode)
-    sent = collectives(_text(compiled), mesh) if compiled else []
     flops = forward_flops(config)
     tokens = config.batch_size * config.seq_len
     # Forward, backward (twice a forward, less the gradients of frozen weights) and what is computed again.
@@ -88,24 +77,26 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
             model.config.num_key_value_heads,
             mesh.shape["context"],
         ),
-        "fits": compiled is not None,
-        "hbm_bytes_per_device": memory["total"] if compiled else needed,
-        "hbm_limit_bytes": int(chip.memory_gib * GIB),
-        "host_bytes_per_device": memory["host"] if compiled else 0,
+        "fits": fits,
+        "memory_by": "compiler" if by_compiler else "formula",
+        "hbm_bytes_per_device": needed,
+        "hbm_limit_bytes": limit,
+        "host_bytes_per_device": memory["host"] if compiled else host_bytes(config, mesh),
         "memory": memory,
-        "estimate": estimate(config, mesh),
+        "estimate": by_hand,
         "parameters": trainable.count(abstract_params(Llama(model.config))),
         "trainable_parameters": trainable.count(trainable.partition(shapes, mask)[0]),
         "forward_flops": flops,
         "step_flops": useful,
-        "collectives": totals(sent),
+        "collectives_by": "compiler" if text else "formula",
+        "collectives": totals(collectives(text, mesh)) if text else sent(config, mesh),
         "tokens_per_step": tokens,
         "assumed_mfu": mfu,
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds,
         "hours": seconds * config.steps / 3600,
         "chip_hours": seconds * config.steps / 3600 * mesh.size,
-        "compile_seconds": time.perf_counter() - started,
+        "compile_seconds": time.perf_counter() - started if by_compiler else 0.0,
     }
 
 
@@ -124,15 +115,30 @@ def _extended(config: Config) -> ModelConfig:
     return run.extend_model(model, config)
 
 
+def _mesh(config: Config, topology: Topology) -> Any:
+    """The mesh of a config on a topology. Raises UserError if it cannot cut the rows or the sequence."""
+    if topology.devices is None:
+        mesh: Any = sharding.abstract_mesh(config.mesh, topology.count)
+    else:
+        mesh = sharding.make_mesh(config.mesh, topology.devices)
+    sharding.batch_sharding(mesh, config.batch_size // config.accumulation)
+    if config.seq_len % (context := mesh.shape["context"]):
+        raise UserError(
+            f"seq_len={config.seq_len} is not a multiple of mesh.context={context}: choose another of the two"
+        )
+    return mesh
+
+
 def search(config: Config, topology: str) -> Config:
     """The config changed to the longest window, in doublings of its own, that fits a topology: mesh, rows and remat.
 
-    Every mesh of fsdp and context over all devices is tried by estimate(), the one with the most rows first; the
-    longest is confirmed by compiling, and shortened until it fits. Raises UserError if not even one doubling less does.
+    Every mesh of fsdp and context over all devices is tried by estimate(), the one with the most rows first; on TPUs
+    the longest is confirmed by compiling, and shortened until it fits. Raises UserError if nothing down to an eighth of
+    the window does.
     """
     config = dataclasses.replace(config, model=config.model or load_config(config.init_from))
-    kind, devices = _devices(topology)
-    limit, ways = CHIPS[kind].memory_gib * GIB, len(devices)
+    found = find_topology(topology)
+    limit, ways = found.chip.memory_gib * GIB, found.count
     fitting = []
     for doubling, remat in itertools.product(range(-3, 9), ("block", "offload")):
         seq_len = int(config.seq_len * 2**doubling)
@@ -144,43 +150,19 @@ def search(config: Config, topology: str) -> Config:
             try:
                 validate(tried)
                 tried = dataclasses.replace(tried, model=_extended(tried))
-                needed = estimate(tried, sharding.make_mesh(mesh_config, devices))["total"]
-            except UserError:  # groups or weights that such a mesh cannot cut
+                needed = estimate(tried, _mesh(tried, found))["total"]
+            except UserError:  # groups, weights or a sequence that such a mesh cannot cut
                 continue
-            if seq_len % context == 0 and needed < limit:
+            if needed < limit:
                 fitting.append((seq_len, remat == "block", ways // context, tried))
     for _, _, _, tried in sorted(fitting, key=lambda found: found[:3], reverse=True):
-        mesh = sharding.make_mesh(tried.mesh, devices)
+        if found.devices is None:
+            return tried
+        mesh = _mesh(tried, found)
         print(f"compiling   {tried.seq_len:,} tokens, mesh {dict(mesh.shape)}, remat {tried.remat}", flush=True)
         if _compile(tried, run.build_model(tried, mesh), mesh)[0]:
             return tried
     raise UserError(f"{topology} holds no window of {config.seq_len // 8} tokens or more: take more or larger chips")
-
-
-def _devices(topology: str) -> tuple[str, list]:
-    """(kind of chip, the devices of a topology that need not be here)."""
-    kind, _, shape = topology.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
-        known = ", ".join(CHIPS)
-        raise UserError(f"topology {topology!r} is not known: give one such as v5e:2x4 or v5p:2x2x1, of {known}")
-    chips = math.prod(int(n) for n in shape.split("x"))
-    count = chips * 2 if kind in ("v4", "v5p") else chips  # these are sold by the core
-    environment = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": f"{CHIPS[kind].accelerator}-{count}",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    from jax.experimental import topologies
-
-    try:
-        return kind, list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{topology} cannot be compiled for ({reason}): pip install libtpu, or another shape"
-        ) from error
 
 
 def _compile(config: Config, model: Llama, mesh):
@@ -193,7 +175,8 @@ def _compile(config: Config, model: Llama, mesh):
     state, frozen = run.abstract_state(config, model, mesh)
     with compiled_for("tpu"):
         try:
-            return compile_train_step(state, frozen, rows), 0
+            segmented = any(part.packing == "best_fit" for part in (config.data, *config.mixture))
+            return compile_train_step(state, frozen, rows, segmented=segmented), 0
         except jax.errors.JaxRuntimeError as error:
             if not (found := re.search(r"([\d.]+)G\w*\) exceeds available HBM", str(error))):
                 raise
@@ -222,7 +205,7 @@ def _memory(compiled) -> dict[str, int]:
 def _text(compiled) -> str:
     try:
         return compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # the compilers of some newer chips give none
+    except jax.errors.JaxRuntimeError:  # libtpu cannot read back some of what it made for a v5p
         return ""
 
 
@@ -236,19 +219,23 @@ def table(found: dict[str, Any]) -> str:
         f"devices     {found['devices']} of {found['topology']}, mesh {found['mesh']}",
         f"attention   over context: {found['exchange']}",
         f"parameters  {found['parameters']:,}, of which {found['trainable_parameters']:,} train",
-        f"memory      {total:.2f} of {limit:.2f} GiB a device: {fits}",
+        f"memory      {total:.2f} of {limit:.2f} GiB a device by {found['memory_by']}: {fits}",
     ]
     parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in found["estimate"].items())
     lines.append(f"by hand     {parts} GiB")
     if memory := found["memory"]:
         lines.append(
             f"            {memory['arguments'] / GIB:.2f} weights, optimizer and batch, "
-            f"{memory['temporaries'] / GIB:.2f} activations and gradients, {memory['host'] / GIB:.2f} on the host"
+            f"{memory['temporaries'] / GIB:.2f} activations and gradients"
         )
+    if host := found["host_bytes_per_device"]:
+        lines.append(f"            and {host / GIB:.2f} GiB a device of the host's memory")
     parts = ", ".join(f"{name} {flops[name] / 1e12:.1f}" for name in ("ffn", "proj", "attention", "others"))
     lines.append(f"forward     {flops['total'] / 1e12:.1f} TFLOPs a row: {parts}")
     for row in found["collectives"]:
         lines.append(f"sent        {row['bytes'] / 1e9:10.2f} GB a step and device: {row['op']} over {row['axis']}")
+    if found["collectives"]:
+        lines[-len(found["collectives"])] += f" (by {found['collectives_by']})"
     lines.append(
         f"time        {found['tokens_per_second']:,.0f} tokens a second and {found['hours']:,.1f} hours "
         f"({found['chip_hours']:,.0f} chip hours), if the step reaches {found['assumed_mfu']:.0%} of the chips' peak"
@@ -280,11 +267,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; argv without the program's name, None for the process's own."""
     parser = errors.ArgumentParser(
         prog="python -m longlora_jax.plan",
-        description="What a run will need and cost on a TPU, by compiling its train step for it. Fields of the config "
-        "can be changed as in train.py: --config.mesh.context=8",
+        description="What a run will need and cost: on TPUs by compiling its train step for them, on GPUs by formula. "
+        "Fields of the config can be changed as in train.py: --config.mesh.context=8",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run: a Python file with get_config()")
-    parser.add_argument("--topology", required=True, help="such as v5e:2x4, v5p:2x2x1, v6e:4x4, v4:2x2x2, tpu7x:2x2x1")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="TPUs by shape: v5e:2x4, v5p:2x2x1, v6e:4x4, v4:2x2x2, tpu7x:2x2x1; GPUs by number: h100:8, of "
+        + ", ".join(GPUS),
+    )
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak to assume (default: %(default)s)")
     parser.add_argument(
         "--search", action="store_true", help="find the longest window that fits, with its mesh, rows and remat"

@@ -86,3 +86,20 @@ def longlora(model: ModelConfig, *, init_from: str, seq_len: int, learning_rate:
         data=DataConfig(source="hf", path="togethercomputer/RedPajama-Data-1T-Sample"),
         optim=OptimConfig(learning_rate=learning_rate),
     )
+
+
+def long_alpaca(model: ModelConfig, *, init_from: str, seq_len: int, steps: int) -> Config:
+    """The supervised fine-tuning of the original's README: LongAlpaca-12k on a chat model, LongLoRA's Llama-2 prompt.
+
+    8 rows an update, 2e-5 constant after 20 warm-up steps, LoRA r=8 + embedding + norms. There a row is one example,
+    here as many as fit; the loss is on answers alone in both.
+    """
+    return Config(
+        init_from=init_from,
+        model=model,
+        seq_len=seq_len,
+        steps=steps,
+        batch_size=8,
+        data=DataConfig(source="hf", path="Yukang/LongAlpaca-12k", task="sft", prompt="alpaca", packing="best_fit"),
+        optim=OptimConfig(learning_rate=2e-5),
+    )

@@ -13,15 +13,17 @@ def silence() -> None:
     _silent = True
 
 
-def progress_bar(total: int, *, label: str, unit: str, start: int = 0) -> tqdm:
+def progress_bar(total: int | None, *, label: str, unit: str, start: int = 0, delay: float = 0) -> tqdm:
     """A progress bar with the time left; where standard error is no terminal, a line of text now and then.
 
-    unit: "B" counts bytes, shown in MB and GB; anything else is counted as it is.
+    total: None where nobody knows it, and so no time left. unit: "B" counts bytes, shown in MB and GB; anything else is
+    counted as it is. delay: seconds before anything is drawn.
     """
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total,
         initial=start,
+        delay=delay,
         desc=label,
         unit=unit,
         unit_scale=unit == "B",

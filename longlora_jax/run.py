@@ -13,7 +13,14 @@ from ml_collections import config_flags
 
 from longlora_jax import checkpoint, hf, hub, optim, sharding, trainable
 from longlora_jax.config import Config, DataConfig, ModelConfig, validate
-from longlora_jax.data import load_tokenizer, pack_documents, read_documents, tokenize_documents
+from longlora_jax.data import (
+    Batches,
+    Windows,
+    batches,
+    load_tokenizer,
+    open_documents,
+    pack,
+)
 from longlora_jax.errors import UserError
 from longlora_jax.model import Llama, abstract_params, init_params, logical_axes
 from longlora_jax.patterns import FULL, Pattern
@@ -58,6 +65,10 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     config.data = dataclasses.replace(config.data, tokenizer=tokenizer)
     tokenizer = str(Path(config.eval.data.tokenizer or tokenizer).absolute())
     config.eval = dataclasses.replace(config.eval, data=dataclasses.replace(config.eval.data, tokenizer=tokenizer))
+    config.mixture = tuple(
+        dataclasses.replace(part, tokenizer=str(Path(part.tokenizer or config.data.tokenizer).absolute()))
+        for part in config.mixture
+    )
     assert config.model is not None  # validate() wants one where there is no init_from
     config.model = extend_model(config.model, config)
     if not checkpoint.is_workdir(workdir):
@@ -66,7 +77,15 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
         return config, False
     saved = checkpoint.read_run_config(workdir)
     checkpoint.check_base(workdir, saved)
-    free = {"log_every": 0, "save_every": 0, "keep_checkpoints": 0, "mesh": None}
+    free = {
+        "log_every": 0,
+        "save_every": 0,
+        "keep_checkpoints": 0,
+        "mesh": None,
+        "workers": 0,
+        "remat": "",
+        "wandb": "",
+    }
     ours, theirs = (dataclasses.asdict(dataclasses.replace(c, **free)) for c in (config, saved))
     if changed := [name for name in ours if _plain(ours[name]) != _plain(theirs[name])]:
         raise UserError(
@@ -126,11 +145,13 @@ def build_model(config: Config, mesh=None) -> Llama:
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         mesh=mesh,
+        chunks=config.chunks,
+        neftune_alpha=config.neftune_alpha,
     )
 
 
-def read_windows(data: DataConfig, config: Config):
-    """The corpus as windows [num, seq_len]."""
+def read_windows(data: DataConfig, config: Config) -> Windows:
+    """The documents of a corpus, packed into windows of seq_len tokens."""
     assert config.model is not None  # resolve() filled it
     tokenizer = load_tokenizer(data.tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -138,16 +159,22 @@ def read_windows(data: DataConfig, config: Config):
             f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocabulary "
             f"{config.model.vocab_size}: set data.tokenizer to the model's own"
         )
-    documents = read_documents(
-        data.source,
-        data.path,
-        hold_out=data.hold_out,
-        only=data.only,
-        text_key=data.text_key,
-        split=data.split,
+    documents = open_documents(data, tokenizer)
+    # An answer that is cut is none: an example longer than a window is left out.
+    return pack(documents, config.seq_len, data.packing, min_tokens=data.min_tokens, whole=data.task == "sft")
+
+
+def open_batches(config: Config, rows) -> Batches:
+    """The training batches of a run, of which this process reads these rows."""
+    parts = (config.data, *config.mixture)
+    return batches(
+        [read_windows(part, config) for part in parts],
+        weights=[part.weight for part in parts],
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rows=rows,
+        workers=config.workers,
     )
-    ids = tokenize_documents(documents, tokenizer, max_tokens=data.max_tokens)
-    return pack_documents(ids, config.seq_len, eos_id=tokenizer.eos_id)
 
 
 def initial_state(config: Config, model: Llama, mesh):

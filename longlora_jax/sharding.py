@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlora_jax.config import MeshConfig, ModelConfig
@@ -37,19 +37,10 @@ def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
     Raises UserError if the sizes ask for more devices, do not divide those for the rest, or leave a process of the run
     without any.
     """
-    config = config or MeshConfig()
     hosts = range(jax.process_count() if devices is None else 0)
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(config, axis) for axis in AXES]
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    used = int(np.prod(sizes))
-    if min(sizes) < 1 or used > len(devices):
-        shape = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
-        raise UserError(
-            f"{shape} does not fit {len(devices)} devices: the sizes must multiply to no more, one may be -1, the rest"
-        )
+    sizes = _sizes(config or MeshConfig(), len(devices))
+    used = math.prod(sizes)
     if idle := sorted(set(hosts) - {device.process_index for device in devices[:used]}):
         raise UserError(
             f"the mesh takes {used} of {len(devices)} devices, none of processes {', '.join(map(str, idle))}: "
@@ -58,6 +49,25 @@ def make_mesh(config: MeshConfig | None = None, devices=None) -> Mesh:
     if used < len(devices):
         log.warning("the mesh takes %d of %d devices: set one of its axes to -1 to take all", used, len(devices))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
+
+
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """make_mesh's mesh of so many devices that are not here: it says who holds what, and runs nothing."""
+    return AbstractMesh(tuple(_sizes(config, count)), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _sizes(config: MeshConfig, count: int) -> list[int]:
+    """Devices along each axis, out of so many; the axis that is -1 takes the rest."""
+    sizes = [getattr(config, axis) for axis in AXES]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) == 1 and known > 0 and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or math.prod(sizes) > count:
+        shape = ", ".join(f"mesh.{axis}={getattr(config, axis)}" for axis in AXES)
+        raise UserError(
+            f"{shape} does not fit {count} devices: the sizes must multiply to no more, one may be -1, the rest"
+        )
+    return sizes
 
 
 def weight_shardings(mesh: Mesh, logical_axes, shapes):

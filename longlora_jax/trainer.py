@@ -123,9 +123,13 @@ def jit_train_step(state: TrainState):
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def compile_train_step(state: TrainState, frozen, rows: jax.ShapeDtypeStruct):
-    """jit_train_step compiled ahead of the first step, for unsegmented batches of `rows` ([B, T] int32, sharded)."""
-    batch = dict.fromkeys(("tokens", "positions", "loss_mask"), rows)
+def compile_train_step(state: TrainState, frozen, rows: jax.ShapeDtypeStruct, *, segmented: bool = False):
+    """jit_train_step compiled ahead of the first step, for batches of `rows` ([B, T] int32, sharded).
+
+    segmented: batches hold segment_ids; without them a row is one segment, and no mask is paid for.
+    """
+    names = ("tokens", "positions", "loss_mask", *(("segment_ids",) if segmented else ()))
+    batch = dict.fromkeys(names, rows)
     return jit_train_step(state).lower(state, frozen, batch).compile()
 
 

@@ -1,19 +1,12 @@
 """The data room: what is read, how it is packed and shuffled, and where it resumes."""
 
 import ast
-import json
-import logging
 import os
 import subprocess
 import sys
-from collections import Counter
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from longlora_jax import data
 from longlora_jax.errors import UserError
@@ -160,108 +153,6 @@ def test_hugging_face_datasets_from_disk(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="use its split"):
         names("hf", one, hold_out=("a.py",))
     assert "\n" not in str(hub.value)
-
-
-# Packing
-
-
-@settings(deadline=None)
-@given(st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=20), st.integers(2, 16))
-def test_packing_accounts_for_every_token(documents, seq_len):
-    """Catches a token lost, doubled or moved, an EOS forgotten, a tail padded in silence."""
-    stream = [token for ids in documents if ids for token in (*ids, 0)]
-    arrays = [np.array(ids, np.int32) for ids in documents]
-    if len(stream) < seq_len:
-        with pytest.raises(UserError, match=rf"longer than the corpus \({len(stream)} tokens\)"):
-            data.pack_documents(iter(arrays), seq_len, eos_id=0)
-        return
-    windows = data.pack_documents(iter(arrays), seq_len, eos_id=0)
-    assert windows.dtype == np.int32 and windows.shape == (len(stream) // seq_len, seq_len)
-    assert windows.ravel().tolist() == stream[: windows.size]
-
-
-def test_packing_says_what_it_drops_and_refuses_what_cannot_be(caplog):
-    """Catches a dropped tail that nobody hears of, and faults without an instruction."""
-    caplog.set_level(logging.INFO)
-    data.pack_documents([np.arange(1, 1200)], 500, eos_id=0)
-    assert "1,200 tokens of 1 documents into 2 windows of 500, 200 left over" in caplog.text
-    with pytest.raises(UserError, match="seq_len=1 has no target"):
-        data.pack_documents([np.arange(9)], 1, eos_id=0)
-    with pytest.raises(UserError, match="set eos_token in tokenizer_config.json"):
-        data.pack_documents([np.arange(9)], 4, eos_id=None)
-
-
-# Batches
-
-
-def numbered(num: int, seq_len: int = 4) -> np.ndarray:
-    return np.arange(num * seq_len, dtype=np.int32).reshape(num, seq_len)
-
-
-def test_batch_holds_what_a_training_step_reads():
-    """Catches a first token scored without context, and wrong shapes or dtypes."""
-    batch = next(data.batches(numbered(7), batch_size=3, seed=0))
-    assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
-        name: ((3, 4), np.int32) for name in ("tokens", "segment_ids", "positions", "loss_mask")
-    }
-    assert (batch["segment_ids"] == 1).all() and (batch["positions"] == np.arange(4)).all()
-    assert (batch["loss_mask"] == [0, 1, 1, 1]).all()
-    assert (np.diff(batch["tokens"]) == 1).all()
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 12), st.integers(1, 7), st.integers(0, 2**32 - 1), st.integers(0, 12))
-def test_resumed_batches_are_those_of_an_uninterrupted_run(num, batch_size, seed, stop):
-    """Catches a position lost in the middle of an epoch or over its end."""
-    windows = numbered(num)
-    whole = list(islice(data.batches(windows, batch_size=batch_size, seed=seed), stop + 4))
-    first = data.batches(windows, batch_size=batch_size, seed=seed)
-    list(islice(first, stop))
-    state = json.loads(json.dumps(first.get_state()))
-    rest = list(islice(first, 4))
-    again = data.batches(windows, batch_size=batch_size, seed=seed)
-    next(again)  # a restored iterator may already have been used
-    again.set_state(state)
-    assert again.step == stop
-    for expected, kept, restored in zip(whole[stop:], rest, islice(again, 4), strict=True):
-        for name in expected:
-            np.testing.assert_array_equal(expected[name], kept[name])
-            np.testing.assert_array_equal(expected[name], restored[name])
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 99))
-@example(1, 1, 0)  # grain's own count of batches overflowed here
-def test_every_epoch_reads_every_window_once(num, batch_size, seed):
-    """Catches a last partial batch that is dropped, or windows drawn with replacement."""
-    it = data.batches(numbered(num), batch_size=batch_size, seed=seed)
-    rows = [tuple(row) for batch in islice(it, 3 * num) for row in batch["tokens"].tolist()]
-    assert len(rows) == 3 * num * batch_size
-    for start in range(0, len(rows), num):
-        assert Counter(rows[start : start + num]) == Counter(map(tuple, numbered(num).tolist()))
-
-
-def test_order_changes_with_the_epoch_and_the_seed(caplog):
-    """Catches the same order each epoch, a seed without effect, and a silent second epoch."""
-    caplog.set_level(logging.INFO)
-    it = data.batches(numbered(64), batch_size=64, seed=0)
-    assert (it.tokens_per_epoch, it.steps_per_epoch) == (256, 1.0)
-    one, two = (next(it)["tokens"].tolist() for _ in range(2))
-    other = next(data.batches(numbered(64), batch_size=64, seed=1))["tokens"].tolist()
-    assert one != two and one != other and one != numbered(64).tolist()
-    assert "after step 2 the corpus has been read 2 times" in caplog.text
-
-
-def test_a_position_of_another_run_is_refused():
-    """Catches a resume on other data or another batch size, which would train on other tokens."""
-    state = data.batches(numbered(8), batch_size=2, seed=0).get_state()
-    for num, batch_size, seed in ((9, 2, 0), (8, 4, 0), (8, 2, 1)):
-        it = data.batches(numbered(num), batch_size=batch_size, seed=seed)
-        with pytest.raises(UserError, match="resume with the config of the run"):
-            it.set_state(state)
-    for wrong in ({"batch_size": 0, "seed": 0}, {"batch_size": 1, "seed": -1}):
-        with pytest.raises(UserError, match="batch_size="):
-            data.batches(numbered(8), **wrong)
 
 
 # The room

@@ -15,8 +15,9 @@ ORDER = (
     *("errors", "files", "progress", "rope", "patterns", "config", "presets", "losses", "lora", "trainable", "data"),
     *("hub", "tensors", "torch_files", "hf_config", "weights", "hf", "peft_files", "peft", "gguf_tokenizer", "gguf"),
     *("kernels", "attention", "optim", "sharding"),
-    *("context_parallel", "model", "trainer", "converted", "checkpoint", "distributed", "metrics", "run"),
-    *("collectives", "costs", "plan", "evals", "quickstart"),
+    *("context_parallel", "linear", "cache", "model", "session", "trainer", "converted", "checkpoint", "distributed"),
+    *("metrics", "run", "generate"),
+    *("chips", "collectives", "costs", "plan", "evals", "quickstart", "report"),
 )
 WITHOUT_JAX = ("data", "files", "progress", *ORDER[ORDER.index("hub") : ORDER.index("kernels")])
 SOURCES = sorted(PACKAGE.rglob("*.py"))

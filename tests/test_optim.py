@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import tiny_config
 
-from longlora_jax.config import OptimConfig
-from longlora_jax.optim import make_optimizer, make_schedule
+from longlora_jax import run
+from longlora_jax.config import Config, MeshConfig, OptimConfig, validate
+from longlora_jax.errors import UserError
+from longlora_jax.optim import make_optimizer, make_schedule, own_rates
+from longlora_jax.sharding import make_mesh
 
 
 def rates(config, steps):
@@ -43,7 +47,11 @@ def test_a_run_shorter_than_its_warm_up():
 
 
 def by_hand(params, gradients, rates, *, beta1, beta2, eps, decay, clip):
-    """AdamW in float64 (arXiv:1711.05101, algorithm 2, decay times the rate) after a clip of the whole norm."""
+    """AdamW in float64 (arXiv:1711.05101, algorithm 2, decay times the rate) after a clip of the whole norm.
+
+    rates: one a step, or one a step and leaf.
+    """
+    rates = np.broadcast_to(np.asarray(rates).reshape(len(gradients), -1), (len(gradients), len(params)))
     params = [np.asarray(p, np.float64) for p in params]
     m, v = [np.zeros_like(p) for p in params], [np.zeros_like(p) for p in params]
     for step, (grads, rate) in enumerate(zip(gradients, rates, strict=True), 1):
@@ -53,7 +61,7 @@ def by_hand(params, gradients, rates, *, beta1, beta2, eps, decay, clip):
             m[i] = beta1 * m[i] + (1 - beta1) * g
             v[i] = beta2 * v[i] + (1 - beta2) * g**2
             adam = m[i] / (1 - beta1**step) / (np.sqrt(v[i] / (1 - beta2**step)) + eps)
-            params[i] = params[i] - rate * (adam + decay * params[i])
+            params[i] = params[i] - rate[i] * (adam + decay * params[i])
     return params
 
 
@@ -100,3 +108,86 @@ def test_small_gradients_are_not_clipped():
     _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
     first_moment = next(leaf for leaf in jax.tree.leaves(state) if leaf.shape == (4,))
     np.testing.assert_allclose(first_moment, 1e-4, rtol=1e-6)
+
+
+# A leaf of every group that a run can train, and its rate.
+GROUPS = {
+    "embed_tokens": {"embedding": 0.3},
+    "layers": {
+        "input_layernorm": {"scale": 0.05},
+        "self_attn": {"q_proj": {"lora_a": 0.1, "lora_b": 0.1, "kernel": 0.1}},
+        "mlp": {"up_proj": {"kernel": 0.1}},
+    },
+    "lm_head": {"kernel": 0.3},
+    "norm": {"scale": 0.05},
+}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_groups_have_their_own_rates(decay):
+    """Catches: a rate that reaches another group, the moments, the clip, or the step but not the decay; no warm-up."""
+    config = OptimConfig(
+        learning_rate=0.1,
+        embedding_learning_rate=0.3,
+        norm_learning_rate=0.05,
+        schedule="linear",
+        warmup_steps=2,
+        weight_decay=decay,
+    )
+    rng, steps = np.random.default_rng(0), 6
+    draw = lambda: jax.tree.map(lambda _: rng.standard_normal((3, 4), np.float32), GROUPS)  # noqa: E731
+    params, gradients = draw(), [draw() for _ in range(steps)]
+    optimizer = make_optimizer(config, steps)
+    update = jax.jit(optimizer.update)
+    ours, state = params, optimizer.init(params)
+    for grads in gradients:
+        updates, state = update(grads, state, ours)
+        ours = optax.apply_updates(ours, updates)
+    schedule = rates(config, steps)[:-1] / config.learning_rate
+    oracle = by_hand(
+        jax.tree.leaves(params),
+        [jax.tree.leaves(g) for g in gradients],
+        schedule[:, None] * np.array(jax.tree.leaves(GROUPS)),
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        decay=decay,
+        clip=config.clip_norm,
+    )
+    for x, y in zip(jax.tree.leaves(ours), oracle, strict=True):  # six float32 steps of 0.3 at values of 1
+        np.testing.assert_allclose(x, y, atol=5e-6)
+
+
+def test_one_rate_for_all_keeps_the_checkpoints_form():
+    """Catches: runs that cannot resume after an update, for the place of a transformation that does nothing."""
+    params = jax.tree.map(lambda _: jnp.zeros(3), GROUPS)
+    state = make_optimizer(OptimConfig(), 10).init(params)
+    before = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1.0))).init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(before)
+    assert own_rates(OptimConfig()) == {}
+    assert own_rates(OptimConfig(norm_learning_rate=0.1)) == {"norm": 0.1}
+
+
+def test_moments_find_their_places_on_a_mesh():
+    """Catches: an optimizer whose state the plan and the restore cannot place, when groups have rates."""
+    config = Config(seq_len=16, steps=1, mode="full", model=tiny_config(), optim=OptimConfig(norm_learning_rate=1e-4))
+    mesh = make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    state, _ = run.abstract_state(config, run.build_model(config, mesh), mesh)
+    placed = [leaf.sharding for leaf in jax.tree.leaves(state.opt_state)]
+    assert len(placed) > 2 * len(jax.tree.leaves(state.trainable)) and None not in placed
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "fault"),
+    [
+        ("lora", {"embedding_learning_rate": 1e-4}, "trains adapters alone"),
+        ("lora_plus", {"norm_learning_rate": -1.0}, "must be 0"),
+        ("lora_plus", {"norm_learning_rate": float("nan")}, "must be 0"),
+        ("lora_plus", {"norm_learning_rate": 1e-4, "learning_rate": 0.0}, "set that above 0"),
+    ],
+)
+def test_rates_without_effect_are_refused(mode, options, fault):
+    """Catches: a rate of what does not train, and a division by zero."""
+    config = Config(seq_len=16, steps=1, init_from="x", mode=mode, optim=OptimConfig(**options))
+    with pytest.raises(UserError, match=fault):
+        validate(config)

@@ -20,6 +20,7 @@ from longlora_jax.converted import open_converted, write_converted
 from longlora_jax.data import load_tokenizer
 from longlora_jax.evals import perplexity
 from longlora_jax.evals.perplexity import evaluate, on_device, stretch_rope
+from longlora_jax.generate import generate
 from longlora_jax.gguf import load_gguf
 from longlora_jax.model import Llama
 
@@ -126,3 +127,18 @@ def test_loss_grows_beyond_the_window_and_untrained_ntk_delays_it(model, tokens)
 
     # The same 3072 targets, all beyond the window of 8192: 16.7 and 9.3.
     assert last_quarter(model.config) > 1.5 * last_quarter(stretch_rope(model.config, 12_288, "ntk"))
+
+
+@pytest.mark.slow
+def test_a_hundred_tokens_from_a_thousand_are_those_of_transformers(model, reference, tokens):
+    """Catches: a cache whose error grows with the length, rows of unequal length that disturb each other, chunks."""
+    prompts = [tokens[:1000], tokens[3000:3700], tokens[5000:5033]]
+    length = {"max_new_tokens": 100, "min_new_tokens": 100, "do_sample": False}
+    expected = []
+    for prompt in prompts:
+        ids = torch.from_numpy(prompt[None].astype(np.int64))
+        expected.append(
+            reference.generate(ids, attention_mask=torch.ones_like(ids), **length)[0, len(prompt) :].tolist()
+        )
+    for chunk in (1024, 300):
+        assert generate(Llama(model.config), model.params, prompts, max_new_tokens=100, chunk=chunk) == expected

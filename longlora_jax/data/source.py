@@ -1,4 +1,4 @@
-"""Documents: text files, the sources of Python's standard library, or a Hugging Face dataset."""
+"""Documents: text files, Python sources, rows of JSON or Parquet, or a Hugging Face dataset."""
 
 import logging
 import os
@@ -8,12 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from longlora_jax.data.formats import Reading, Row, read_file_rows, read_text_file, text_of
+from longlora_jax.data.packed import unpacked_name
 from longlora_jax.errors import UserError
+from longlora_jax.files import one_line
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("python", "text", "hf")
+SOURCES = ("python", "text", "hf", "jsonl", "parquet")
+SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
 
 # Never trained on by the shipped tiny model: long modules that every Python version has.
 HELD_OUT = ("argparse.py", "difflib.py", "inspect.py", "mailbox.py", "subprocess.py", "tarfile.py")
@@ -27,10 +32,93 @@ SKIPPED_FOLDERS = (
 
 @dataclass(frozen=True)
 class Document:
-    """One whole document; its name is a path below the folder, or dataset, split and row."""
+    """One whole document; its name is a path below the folder, or says the row."""
 
     name: str
     text: str
+
+
+class Corpus:
+    """A source that was found: its files, or the rows of a dataset, and what they hold.
+
+    source, path: "python" and a folder ("" is the running interpreter's standard library); "text", "jsonl" (JSON Lines
+      or JSON arrays) or "parquet" and a file, a folder (the files of that kind in it, at any depth) or a glob, all but
+      Parquet also as .gz and .zst; "hf" and the name of a dataset (`name:config` where it has several), a folder of
+      data files or a folder written by `save_to_disk`.
+    hold_out: files never read, wherever they lie: a file name or a relative path. A held-out
+      module takes its tests with it: `argparse.py` also `test_argparse.py` and `test_argparse/`.
+    only: nothing but these relative paths: how a held-out set is read.
+    split, streaming: of an "hf" dataset; streaming reads rows as they are needed.
+    files: what is read, in order; size: their bytes, or the rows of a dataset, None where nobody knows.
+    Raises UserError for a missing folder, file or dataset.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        path: str,
+        *,
+        hold_out: tuple[str, ...] = (),
+        only: tuple[str, ...] = (),
+        split: str = "train",
+        streaming: bool = False,
+    ):
+        if source not in SOURCES:
+            raise UserError(f"data source {source!r} is not known: use one of {', '.join(SOURCES)}.")
+        self.source, self.path, self.split = source, path, split
+        self.files: list[Path] = []
+        self.size: int | None = None
+        self.dataset: Any = None
+        if source == "hf":
+            if hold_out or only:
+                raise UserError("hold_out and only name files, an hf dataset has rows: use its split.")
+            self.dataset = _open_dataset(path, split, streaming)
+            self.size = None if streaming else len(self.dataset)
+            return
+        self._root, files = _python_files(path) if source == "python" else find_files(path, SUFFIXES[source])
+        self._names = _select(files, hold_out=hold_out, only=only, root=self._root)
+        self.files = [self._root / name for name in self._names]
+        self.size = sum(file.stat().st_size for file in self.files)
+
+    def rows(self, reading: Reading, columns: list[str] | None = None) -> Iterator[Row]:
+        """Yields the rows of JSON, Parquet or a dataset; columns: all that is wanted of Parquet."""
+        if self.source == "hf":
+            yield from _dataset_rows(self.dataset, f"{self.path}/{self.split}", reading)
+        for file in self.files:
+            yield from read_file_rows(file, reading, columns)
+
+    def documents(self, reading: Reading, text_key: str = "text") -> Iterator[Document]:
+        """Yields the documents that are not blank, always in the same order.
+
+        text_key: the column of rows that holds the text.
+        Raises UserError for what cannot be read (see Reading) and for an empty corpus.
+        """
+        empty = True
+        for name, text in self._texts(reading, text_key):
+            if text is not None and text.strip():
+                empty = False
+                yield Document(name, text)
+        if empty:
+            left_out = f", {reading.skipped:,} rows of it are left out as bad" if reading.skipped else ""
+            raise UserError(f"the corpus {self.path or self.source!r} has no text{left_out}: name another one.")
+
+    def _texts(self, reading: Reading, text_key: str) -> Iterator[tuple[str, str | None]]:
+        if self.source not in ("python", "text"):
+            known = self.dataset.column_names if self.source == "hf" else None  # None: of a stream, nobody knows
+            if known and text_key not in known:
+                known = one_line(", ".join(known), 300)
+                raise UserError(
+                    f"the dataset {self.path!r} has no column {text_key!r}: set text_key to one of {known}."
+                )
+            for row in self.rows(reading, [text_key]):
+                yield row.where, text_of(row, text_key, reading)
+            return
+        for name, file in zip(self._names, self.files, strict=True):
+            if self.source == "text":
+                yield name, read_text_file(file, reading)
+            else:
+                reading.position += file.stat().st_size
+                yield name, read_python(file)
 
 
 def read_documents(
@@ -41,36 +129,26 @@ def read_documents(
     only: tuple[str, ...] = (),
     text_key: str = "text",
     split: str = "train",
+    streaming: bool = False,
+    reading: Reading | None = None,
 ) -> Iterator[Document]:
-    """Yields the documents of a corpus that are not blank, always in the same order.
+    """Yields the documents of a corpus that are not blank, always in the same order: see Corpus."""
+    corpus = Corpus(source, path, hold_out=hold_out, only=only, split=split, streaming=streaming)
+    yield from corpus.documents(reading or Reading(), text_key)
 
-    source, path: "python" and a folder ("" is the running interpreter's standard library);
-      "text" and a file, a folder (its *.txt, at any depth) or a glob; "hf" and the name of a
-      dataset, a folder of data files or a folder written by `save_to_disk`.
-    hold_out: files never read, wherever they lie: a file name or a relative path. A held-out
-      module takes its tests with it: `argparse.py` also `test_argparse.py` and `test_argparse/`.
-    only: nothing but these relative paths: how a held-out set is read.
-    text_key, split: the column and the split of an "hf" dataset.
-    Raises UserError for a missing folder or file, for text that is not UTF-8, for an empty corpus.
-    """
-    if source not in SOURCES:
-        raise UserError(f"data source {source!r} is not known: use one of {', '.join(SOURCES)}.")
-    if source == "hf":
-        if hold_out or only:
-            raise UserError("hold_out and only name files, an hf dataset has rows: use its split.")
-        documents = _rows(path, text_key, split)
-    else:
-        root, files = _python_files(path) if source == "python" else _text_files(path)
-        read = read_python if source == "python" else read_text
-        names = _select(files, hold_out=hold_out, only=only, root=root)
-        documents = ((name, read(root / name)) for name in names)
-    empty = True
-    for name, text in documents:
-        if text is not None and text.strip():
-            empty = False
-            yield Document(name, text)
-    if empty:
-        raise UserError(f"the corpus {path or source!r} has no text: name another one.")
+
+def read_rows(
+    path: str,
+    *,
+    source: str = "jsonl",
+    split: str = "train",
+    streaming: bool = False,
+    reading: Reading | None = None,
+) -> Iterator[Row]:
+    """Yields the rows of JSON Lines, JSON arrays, Parquet or a dataset, each with its file and line: see Corpus."""
+    if source in ("python", "text"):
+        raise UserError(f"data source {source!r} has no rows: use jsonl, parquet or hf.")
+    yield from Corpus(source, path, split=split, streaming=streaming).rows(reading or Reading())
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -140,50 +218,60 @@ def _is_skipped(name: str) -> bool:
     return any(f"/{folder}/" in f"/{name}" for folder in SKIPPED_FOLDERS)
 
 
-def _text_files(path: str) -> tuple[Path, list[str]]:
+def find_files(path: str, suffixes: tuple[str, ...]) -> tuple[Path, list[str]]:
+    """Returns a folder and the paths below it that `path` means: a file, the files of a folder by suffix, a glob."""
     if Path(path).is_file():
         return Path(path).parent, [Path(path).name]
     if Path(path).is_dir():
-        root, pattern = Path(path), "**/*.txt"
+        root, pattern, wanted = Path(path), "**/*", suffixes
     elif has_magic(path):
         fixed = []
         for part in Path(path).parts:
             if has_magic(part):
                 break
             fixed.append(part)
-        root = Path(*fixed)
+        root, wanted = Path(*fixed), ("",)
         pattern = Path(path).relative_to(root).as_posix()
     else:
-        raise UserError(f"{path!r} does not exist: name a text file, a folder of *.txt or a glob.")
-    names = (name for name in glob(pattern, root_dir=root, recursive=True))
-    files = sorted(PurePosixPath(name).as_posix() for name in names if (root / name).is_file())
+        raise UserError(f"{path!r} does not exist: name a file, a folder or a glob of *{suffixes[0]}.")
+    names = (PurePosixPath(name).as_posix() for name in glob(pattern, root_dir=root, recursive=True))
+    files = sorted(name for name in names if unpacked_name(name).endswith(wanted) and (root / name).is_file())
     if not files:
-        raise UserError(f"no file matches {path!r}: name a text file, a folder of *.txt or a glob.")
+        raise UserError(f"no file matches {path!r}: name a file, a folder or a glob of *{suffixes[0]}.")
     return root, files
 
 
-def _rows(path: str, text_key: str, split: str) -> Iterator[tuple[str, str]]:
+def _open_dataset(path: str, split: str, streaming: bool) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise UserError("source 'hf' needs the package datasets: pip install datasets.") from error
     try:
         if (Path(path) / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(path)[split]
+            rows: Any = datasets.load_from_disk(path)[split]
         elif (Path(path) / "state.json").is_file():
             rows = datasets.load_from_disk(path)
         else:
-            rows = datasets.load_dataset(path, split=split)
+            name, _, config = (path, "", "") if Path(path).exists() else path.partition(":")
+            return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+        return rows.to_iterable_dataset() if streaming else rows
     except Exception as error:  # hub, network, parser and split faults have no common base class
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"the dataset {path!r}, split {split!r}, cannot be read: {reason[0]}; "
+            f"the dataset {path!r}, split {split!r}, cannot be read: {_first_line(error)}; "
             "name a dataset that can be reached, or a local folder."
         ) from error
-    assert isinstance(rows, datasets.Dataset)  # one split of it, not streamed: its rows are dicts
-    if text_key not in rows.column_names:
+
+
+def _dataset_rows(rows: Any, name: str, reading: Reading) -> Iterator[Row]:
+    try:
+        for row in rows:
+            reading.position += 1
+            yield Row(f"{name}/{reading.position - 1}", row)
+    except Exception as error:  # streamed rows bring faults of the network, of parsers and of decoders
         raise UserError(
-            f"the dataset {path!r} has no column {text_key!r}: set text_key to one of {', '.join(rows.column_names)}."
-        )
-    for index, row in enumerate(rows):
-        yield f"{path}/{split}/{index}", row[text_key]  # pyright: ignore[reportCallIssue, reportArgumentType]
+            f"the dataset {name} cannot be read after row {reading.position}: {_first_line(error)}."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0], 300)

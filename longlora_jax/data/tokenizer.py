@@ -1,9 +1,12 @@
 """Text to token ids and back, as the model's own tokenizer does; transformers is rarely needed."""
 
+import hashlib
 import json
 import logging
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,15 @@ from longlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DOCUMENTS_AT_ONCE = 64  # enough to keep every core of the tokenizers library busy
+CHARACTERS_AT_ONCE = 2**18  # a core of the tokenizers library takes about 0.1 s for them
+CHARACTERS_AHEAD = 2**25  # texts read before their turn: beside a long one, the other cores go on
 
 
 class Tokenizer:
-    """A model's tokenizer: encode, decode, and its special ids, None where it has none."""
+    """A model's tokenizer: encode, decode, and its special ids, None where it has none.
+
+    fingerprint: SHA-256 of what decides the ids of a text.
+    """
 
     def __init__(
         self,
@@ -27,6 +34,7 @@ class Tokenizer:
         bos_id: int | None,
         eos_id: int | None,
         pad_id: int | None,
+        fingerprint: str = "",
     ):
         # A saved tokenizer.json may carry the cut and the padding of the run that saved it.
         backend.no_truncation()
@@ -34,14 +42,19 @@ class Tokenizer:
         self._backend = backend
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.fingerprint = fingerprint
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids [tokens] int32 of a text, with BOS where this tokenizer adds one."""
         return np.array(self._backend.encode(text).ids, np.int32)
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Returns encode(text) of every text, computed on all cores."""
-        return [np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(texts)]
+    def encode_batch(self, texts: list[str], *, add_bos: bool = True) -> list[np.ndarray]:
+        """Returns encode(text) of every text, computed on all cores; without add_bos, no special token is added."""
+        return [np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(texts, add_special_tokens=add_bos)]
+
+    def special_tokens(self) -> list[str]:
+        """Returns the texts of the tokens that stand for no text: BOS, EOS, ends of turns and so on."""
+        return [t.content for t in self._backend.get_added_tokens_decoder().values() if t.special]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of ids; special tokens are spelled out unless they are skipped."""
@@ -60,32 +73,88 @@ def load_tokenizer(folder: str) -> Tokenizer:
     if not (path / "tokenizer.json").is_file():
         return _load_with_transformers(folder)
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        content = (path / "tokenizer.json").read_bytes()
+        backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path / 'tokenizer.json'} cannot be read ({error}): copy it again.") from error
     config = _read_json(path / "special_tokens_map.json")
     config |= _read_json(path / "tokenizer_config.json")
     ids = {role: backend.token_to_id(_content(config.get(f"{role}_token")) or "") for role in ("bos", "eos", "pad")}
-    return Tokenizer(backend, bos_id=ids["bos"], eos_id=ids["eos"], pad_id=ids["pad"])
+    return Tokenizer(
+        backend,
+        bos_id=ids["bos"],
+        eos_id=ids["eos"],
+        pad_id=ids["pad"],
+        fingerprint=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def end_of(tokenizer: Tokenizer) -> int:
+    """Returns the id that parts documents; raises UserError if the tokenizer has none."""
+    if tokenizer.eos_id is None:
+        raise UserError(
+            "the tokenizer names no end of text, which parts the documents of a window: "
+            "set eos_token in tokenizer_config.json."
+        )
+    return tokenizer.eos_id
 
 
 def tokenize_documents(
-    documents: Iterable[Document], tokenizer: Tokenizer, *, max_tokens: int = 0
+    documents: Iterable[Document], tokenizer: Tokenizer, *, max_tokens: int = 0, add_bos: bool = True
 ) -> Iterator[np.ndarray]:
     """Yields the ids [tokens] int32 of each document, in order, as encode() gives them.
 
+    Documents are read ahead while those before them are tokenized on all cores.
     max_tokens: stop after so many tokens, within a document if need be; 0 reads everything.
+    add_bos: begin documents with BOS, where this tokenizer adds one.
     """
-    documents = iter(documents)
     left = max_tokens or float("inf")
-    while left > 0 and (chunk := list(islice(documents, DOCUMENTS_AT_ONCE))):
-        for ids in tokenizer.encode_batch([document.text for document in chunk]):
-            if left <= 0:
-                break
-            yield ids[: min(left, len(ids))]
-            left -= len(ids)
-    if left <= 0:
-        log.info("stopped reading the corpus after max_tokens=%d", max_tokens)
+    for ids in _encode_ahead(documents, tokenizer, add_bos):
+        yield ids[: min(left, len(ids))]
+        left -= len(ids)
+        if left <= 0:
+            log.info("stopped reading the corpus after max_tokens=%d", max_tokens)
+            return
+
+
+def _encode_ahead(documents: Iterable[Document], tokenizer: Tokenizer, add_bos: bool) -> Iterator[np.ndarray]:
+    cores = int(os.environ.get("RAYON_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    # A call keeps one core busy where it holds one long document, and none while its ids become arrays.
+    pool = ThreadPoolExecutor(cores + 1)
+    waiting: deque[tuple[int, Future[list[np.ndarray]]]] = deque()
+    batches = _batches(documents)
+    ahead, ended = 0, False
+    try:
+        while True:
+            while not ended and ahead < CHARACTERS_AHEAD:
+                texts = next(batches, [])
+                ended = not texts
+                if texts:
+                    size = sum(map(len, texts))
+                    waiting.append((size, pool.submit(tokenizer.encode_batch, texts, add_bos=add_bos)))
+                    ahead += size
+                # What is ready goes out first: the reader may be slow.
+                if waiting and waiting[0][1].done():
+                    break
+            if not waiting:
+                return
+            size, encoded = waiting.popleft()
+            yield from encoded.result()
+            ahead -= size
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
+    texts, size = [], 0
+    for document in documents:
+        texts.append(document.text)
+        size += len(document.text)
+        if size >= CHARACTERS_AT_ONCE:
+            yield texts
+            texts, size = [], 0
+    if texts:
+        yield texts
 
 
 def _load_with_transformers(folder: str) -> Tokenizer:
@@ -100,7 +169,14 @@ def _load_with_transformers(folder: str) -> Tokenizer:
             "copy tokenizer.json and tokenizer_config.json of the model into it."
         ) from error
     log.info("%s has no tokenizer.json: read by transformers' %s", folder, type(auto).__name__)
-    return Tokenizer(backend, bos_id=auto.bos_token_id, eos_id=auto.eos_token_id, pad_id=auto.pad_token_id)
+    vocab = json.dumps(sorted(backend.get_vocab(with_added_tokens=True).items()))
+    return Tokenizer(
+        backend,
+        bos_id=auto.bos_token_id,
+        eos_id=auto.eos_token_id,
+        pad_id=auto.pad_token_id,
+        fingerprint=hashlib.sha256(vocab.encode()).hexdigest(),
+    )
 
 
 def _read_json(path: Path) -> dict:

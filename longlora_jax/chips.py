@@ -1,0 +1,79 @@
+"""Accelerators that a run can be planned for: memory, peak, and the devices of a topology that is not here."""
+
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+from longlora_jax.errors import UserError
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One kind of accelerator: libtpu's name of it, usable memory in GiB and peak bf16 TFLOP/s, both of a device."""
+
+    accelerator: str
+    memory_gib: float
+    tflops: float
+
+
+# Memory as the compiler counts it, without what the runtime keeps; FLOP/s from cloud.google.com/tpu/docs.
+TPUS = {
+    "v4": Chip("v4", 30.75, 275),
+    "v5e": Chip("v5litepod", 15.75, 197),
+    "v5p": Chip("v5p", 95.74, 459),
+    "v6e": Chip("v6e", 31.25, 918),
+    "tpu7x": Chip("tpu7x", 94.75, 1153),
+}
+# Memory: 95% of what CUDA has, which a run gets by XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (without it, JAX takes 75%).
+# FLOP/s: dense, from NVIDIA's data sheets of the SXM modules.
+GPUS = {
+    "a100-40gb": Chip("", 37.4, 312),
+    "a100-80gb": Chip("", 75.1, 312),
+    "h100": Chip("", 75.1, 989),
+    "h200": Chip("", 132.7, 989),
+}
+
+
+class Topology(NamedTuple):
+    """A chip and how many devices there are of it; devices: those that a program can be compiled for, None for GPUs."""
+
+    chip: Chip
+    count: int
+    devices: list[Any] | None
+
+
+def find_topology(name: str) -> Topology:
+    """The topology of a name: "v5e:2x4" for TPUs by their shape, "h100:8" for GPUs by their number.
+
+    Raises UserError for a name that is neither, or a shape that libtpu has not.
+    """
+    kind, _, shape = name.partition(":")
+    if kind in GPUS and re.fullmatch(r"[1-9]\d*", shape):
+        return Topology(GPUS[kind], int(shape), None)
+    if kind not in TPUS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
+        raise UserError(
+            f"topology {name!r} is not known: give one such as v5e:2x4 or v5p:2x2x1, of {', '.join(TPUS)}, "
+            f"or h100:8, of {', '.join(GPUS)}"
+        )
+    devices = _tpus(name, kind, math.prod(int(n) for n in shape.split("x")))
+    return Topology(TPUS[kind], len(devices), devices)
+
+
+def _tpus(name: str, kind: str, chips: int) -> list[Any]:
+    count = chips * 2 if kind in ("v4", "v5p") else chips  # these are sold by the core
+    environment = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": f"{TPUS[kind].accelerator}-{count}",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    for variable, value in environment.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{name} cannot be compiled for ({reason}): pip install libtpu, or another shape") from error

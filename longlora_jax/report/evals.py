@@ -1,0 +1,213 @@
+"""Results of evaluations, as JSON files hold them, on the page: perplexity by length, grids by length and depth."""
+
+import json
+import math
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longlora_jax.errors import UserError
+from longlora_jax.files import one_line
+from longlora_jax.report.charts import Line, chip, heat_cell, line_chart, short
+from longlora_jax.report.markup import Html, table, tag
+from longlora_jax.report.runs import Run
+
+# The fields by which a result is known. A needle's is a passkey's with a score, so it is asked first.
+KINDS = {
+    "perplexity": {"seq_len", "perplexity"},
+    "needle": {"length", "depth", "score"},
+    "passkey": {"length", "depth", "trials", "correct"},
+}
+
+
+@dataclass
+class Evaluation:
+    """A file of results: its path, its kind (a key of KINDS), what it says of itself, its results."""
+
+    path: str
+    kind: str
+    head: dict[str, Any]
+    results: list[dict[str, Any]]
+
+
+def read_evaluations(given: dict[str, list[str]], runs: list[Run]) -> list[Evaluation]:
+    """The files given by kind, then those that lie in the workdirs. Raises UserError if a given one is of no use."""
+    found = [e for kind, paths in given.items() for path in paths for e in _read_given(path, kind)]
+    seen = {os.path.realpath(e.path) for e in found}
+    for path in (p for run in runs for p in sorted(Path(run.path).glob("*.json"))):
+        if os.path.realpath(path) not in seen:
+            found += [e for e in _read(str(path)) if e.kind in KINDS]
+    return found
+
+
+def _read_given(path: str, kind: str) -> list[Evaluation]:
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: give a file that python -m longlora_jax.evals.{kind} --json wrote")
+    found = _read(path)
+    if not found or any(e.kind != kind for e in found):
+        fields = ", ".join(sorted(KINDS[kind]))
+        raise UserError(f"{path} holds no results of evals.{kind}: each must have {fields}")
+    return found
+
+
+def _read(path: str) -> list[Evaluation]:
+    """What a JSON file holds of evaluations; [] if it holds none. The table of make quickstart is several."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {one_line(str(error), 200)}") from error
+    if not isinstance(content, dict):
+        return []
+    parts: list[tuple[dict, Any]]
+    if isinstance(rows := content.get("rows"), dict):
+        parts = [
+            ({"model": name, "data": f"those of {os.path.basename(path)}"}, results) for name, results in rows.items()
+        ]
+    else:
+        parts = [(content, content.get("results"))]
+    return [Evaluation(path, kind, head, results) for head, results in parts if (kind := _kind(results))]
+
+
+def _kind(results: Any) -> str | None:
+    if not isinstance(results, list) or not results or not all(isinstance(r, dict) for r in results):
+        return None
+    for kind, fields in KINDS.items():
+        if all(fields <= set(r) and all(_is_number(r[f]) for f in fields) and _is_placed(r) for r in results):
+            return kind
+    return None
+
+
+def _is_placed(result: dict[str, Any]) -> bool:
+    """Whether the lengths and depths of a result are some: its scores may be anything, NaN too."""
+    lengths = [result[key] for key in ("seq_len", "length") if key in result]
+    return all(1 <= t < math.inf for t in lengths) and 0 <= result.get("depth", 0) < math.inf
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _name(evaluation: Evaluation, runs: list[Run]) -> tuple[str, Run | None]:
+    """What a model is called on the page, and the run whose workdir it is."""
+    model = str(evaluation.head.get("model", "a model"))
+    for run in runs:
+        if os.path.realpath(model) == os.path.realpath(run.path):
+            return f"{run.name}, trained", run
+    bases = [run for run in runs if run.config.get("init_from") and _same(model, run.config["init_from"])]
+    name = os.path.basename(model.rstrip("/")) or model
+    if bases:
+        return f"{name}, before the training of {', '.join(run.letter for run in bases)}", None
+    return name, None
+
+
+def _same(a: str, b: str) -> bool:
+    return os.path.realpath(a) == os.path.realpath(b)
+
+
+def perplexities(evaluations: list[Evaluation], runs: list[Run]) -> list[Html]:
+    """Perplexity by length: a chart and a table for each set of documents."""
+    by_data: dict[str, dict[tuple[str, str], dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
+    for evaluation in (e for e in evaluations if e.kind == "perplexity"):
+        head = evaluation.head
+        data = head.get("data", "")
+        names = [os.path.basename(str(d)) for d in (data if isinstance(data, list) else [data])]
+        name, run = _name(evaluation, runs)
+        if head.get("attention", "full") != "full":
+            name += f", {head['attention']} attention"
+        if override := head.get("rope_override"):
+            kind = override.get("rope_type") if isinstance(override, dict) else override
+            name += f", untrained {kind} rope"
+        for result in evaluation.results:
+            rows, length = by_data[_and_more(names)], result["seq_len"]
+            key = (name, run.letter if run else "")
+            if rows[key].get(length, result).get("stride") != result.get("stride"):
+                key = (f"{name}, stride {result['stride']:,}", "")
+            rows[key][length] = result
+    return [part for where, rows in by_data.items() for part in _perplexity_of(where, rows, runs)]
+
+
+def _and_more(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _perplexity_of(where: str, rows: dict, runs: list[Run]) -> list[Html]:
+    letters = [run.letter for run in runs]
+    lengths = sorted({length for results in rows.values() for length in results})
+    lines, body, numbered = [], [], 0
+    for (name, letter), results in rows.items():
+        if letter and letter not in [line.key for line in lines]:
+            key, colour = letter, letters.index(letter)
+        else:
+            numbered += 1
+            key, colour = str(numbered), len(runs) + numbered - 1
+        lines.append(Line(key, colour, [(t, r["perplexity"]) for t, r in sorted(results.items())]))
+        cells = [_perplexity_cell(results.get(length)) for length in lengths]
+        quarter = (results.get(lengths[-1]) or {}).get("last_quarter") or {}
+        last = quarter.get("perplexity")
+        body.append([[chip(key, colour), name], *cells, f"{last:.2f}" if _is_number(last) else "–"])
+    how = "Lower is better. Full attention unless named otherwise."
+    if any(r.get("stride", length) < length for results in rows.values() for length, r in results.items()):
+        how += " Windows that overlap (stride below the length) score only what is new in them."
+    head = ["", *(f"{length:,}" for length in lengths), f"last quarter of {lengths[-1]:,}"]
+    parts = [tag("div", table(head, body, class_="numbers"), tag("p", how, class_="soft"))]
+    if len(lengths) > 1:
+        label = "length of the window in tokens"
+        parts.insert(0, line_chart("Perplexity by length", lines, x_label=label, x_ticks=lengths, log_from=4))
+    return [tag("p", f"Documents: {where}") if where else Html(), tag("div", parts, class_="pair")]
+
+
+def _perplexity_cell(result: dict[str, Any] | None) -> Any:
+    if result is None:
+        return "–"
+    perplexity, error = result["perplexity"], result.get("stderr")
+    text = f"{perplexity:.2f}" if perplexity < 1e5 else short(perplexity)
+    hint = ", ".join(
+        f"{key} {result[key]:,.6g}"
+        for key in ("tokens", "windows", "stride", "offset", "nll")
+        if _is_number(result.get(key))
+    )
+    if not _is_number(error):
+        return tag("td", text, title=hint)
+    # stderr is of the mean nll; a step of it multiplies the perplexity by exp(stderr).
+    return tag("td", text, tag("small", f" ± {perplexity * error:.2g}"), title=hint)
+
+
+def grids(kind: str, evaluations: list[Evaluation], runs: list[Run]) -> list[Html]:
+    """A heat table for each file of passkey or needle results: lengths across, depths down."""
+    figures = []
+    for evaluation in (e for e in evaluations if e.kind == kind):
+        name, run = _name(evaluation, runs)
+        title = [chip(run.letter, runs.index(run)), name] if run else name
+        note = f"{os.path.basename(evaluation.path)}. Depth: where in the context it lies, 0% the beginning."
+        figures.append(tag("figure", tag("h3", title), _grid(kind, evaluation.results), tag("figcaption", note)))
+    return [tag("div", figures, class_="pair")] if figures else []
+
+
+def _grid(kind: str, results: list[dict[str, Any]]) -> Html:
+    cells: dict[tuple[float, float], list[dict]] = defaultdict(list)
+    for result in results:
+        cells[result["depth"], result["length"]].append(result)
+    depths, lengths = (sorted({key[i] for key in cells}) for i in (0, 1))
+    top = max(1.0, *(r["score"] for r in results if math.isfinite(r["score"]))) if kind == "needle" else 1.0
+    show = _passkey_cell if kind == "passkey" else lambda found: _needle_cell(found, 1 if top <= 1 else top)
+    rows = [
+        [f"{depth:.0%}" if depth <= 1 else f"{depth:g}%", *(show(cells[depth, length]) for length in lengths)]
+        for depth in depths
+    ]
+    return table(["depth", *(f"{length:,}" for length in lengths)], rows, class_="heat")
+
+
+def _passkey_cell(found: list[dict]) -> Html:
+    if not found:
+        return tag("td", "–")
+    correct, trials = (sum(r[key] for r in found) for key in ("correct", "trials"))
+    return heat_cell(correct / trials if trials else math.nan, f"{correct}/{trials}", f"{correct} of {trials} right")
+
+
+def _needle_cell(found: list[dict], top: float) -> Html:
+    if not found:
+        return tag("td", "–")
+    score = sum(r["score"] for r in found) / len(found)
+    return heat_cell(score / top, f"{score:.2g}", f"score {score:.4g}")
