@@ -17,8 +17,9 @@ lint: .venv/test  ## format, lint and types
 	.venv/bin/ruff check .
 	.venv/bin/pyright --pythonpath $(PY)
 
-bench: .venv/test  ## training speed and memory against transformers + PEFT
+bench: .venv/test  ## training against transformers + PEFT; attention by length
 	$(PY) benchmarks/train_step.py --json benchmarks/train_step.json
+	$(PY) -m benchmarks.attention --json benchmarks/attention.json
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed: make PYTHON=python3.12 ...")'

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlora_jax.kernels import MASKED, causal_attention
-from longlora_jax.patterns import ABLATIONS, Pattern, allowed, plain_heads
+from longlora_jax.patterns import ABLATIONS, GROUPED, Pattern, allowed, plain_heads
 
 
 def attend(q, k, v, pattern: Pattern, *, segment_ids=None):
@@ -26,7 +26,54 @@ def attend(q, k, v, pattern: Pattern, *, segment_ids=None):
         return _by_predicate(q, k, v, pattern, segment_ids)
     parts = parts_of(q, k, v, pattern)
     out = [attend_part(*part, pattern, i, segment_ids) for i, part in enumerate(parts)]
+    runs = short_runs(segment_ids, pattern)
+    if runs is not None:
+        out = [attend_short(*part, runs, pattern.full_below, x) for part, x in zip(parts, out, strict=True)]
     return jnp.concatenate(out, axis=2)
+
+
+def short_runs(segment_ids, pattern: Pattern):
+    """For every token the number of its segment in the row if it has at most pattern.full_below tokens, else -1.
+
+    [B, T] int32, or None where the pattern does not ask for it or nothing is packed.
+    """
+    if segment_ids is None or not pattern.full_below or pattern.name not in GROUPED:
+        return None
+
+    def row(ids):
+        runs = jnp.cumsum(jnp.concatenate([jnp.zeros(1, jnp.int32), (ids[1:] != ids[:-1]).astype(jnp.int32)]))
+        return jnp.where(jnp.bincount(runs, length=ids.size)[runs] <= pattern.full_below, runs, -1)
+
+    return jax.vmap(row)(segment_ids)
+
+
+def attend_short(q, k, v, runs, size: int, others, before=None):
+    """Causal attention inside every segment of at most `size` tokens; for other tokens (runs -1) what `others` holds.
+
+    q: [b, t, n, h]; k, v: [b, t, kv, h]; runs: [b, t], see short_runs; others: as q; before: (k, v, runs) of the `size`
+    tokens that came before. Who looks back `size` tokens sees all of such a segment, so pieces of `size` tokens see
+    themselves and the piece before. Rows without a short segment skip it.
+    """
+    b, t, n, h = q.shape
+    if before is None:
+        before = tuple(jnp.full((b, size, *x.shape[2:]), fill, x.dtype) for x, fill in ((k, 0), (v, 0), (runs, -2)))
+
+    def compute():
+        # The last piece is filled up behind the last token, where nobody looks.
+        pad = -t % size
+        pieces = (t + pad) // size
+
+        def twice(x, first):
+            x = jnp.concatenate([first, jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))], axis=1)
+            x = x.reshape(b, pieces + 1, size, *x.shape[2:])
+            return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2).reshape(b * pieces, 2 * size, *x.shape[3:])
+
+        # Queries for the piece before as well, so that the kernel sees a square: their results are dropped.
+        out = causal_attention(twice(q, jnp.zeros((b, size, n, h), q.dtype)), *map(twice, (k, v, runs), before))
+        out = out[:, size:].reshape(b, t + pad, n, h)[:, :t]
+        return jnp.where((runs >= 0)[..., None, None], out, others)
+
+    return jax.lax.cond(jnp.any(runs >= 0), compute, lambda: others)
 
 
 def parts_of(q, k, v, pattern: Pattern) -> list[tuple[jax.Array, jax.Array, jax.Array]]:

@@ -75,6 +75,7 @@ class AttentionConfig:
     pattern: str = "s2"
     group_ratio: float = 0.25  # group size as a share of seq_len; the paper's 1/4
     group_size: int = 0  # group size in tokens; 0: by the ratio
+    full_below: int = 0  # packed rows: segments of at most so many tokens have full attention inside; 0: none
     full_last: float = 0.0  # the last share of the steps runs under full attention
 
     def group_tokens(self, seq_len: int) -> int:
@@ -306,6 +307,8 @@ def _group_faults(attention: AttentionConfig, seq_len: int) -> list[str]:
     faults = []
     if not 0 <= attention.full_last <= 1:
         faults.append(f"attention.full_last={attention.full_last} is a share of the steps: give 0 to 1")
+    if not 0 <= attention.full_below <= seq_len:
+        faults.append(f"attention.full_below={attention.full_below} counts tokens: give 0 to {seq_len}, seq_len")
     group = attention.group_tokens(seq_len)
     if attention.pattern not in GROUPED:
         return faults

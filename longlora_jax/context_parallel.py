@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlora_jax.attention import attend, attend_part, parts_of, pieces
+from longlora_jax.attention import attend, attend_part, attend_short, parts_of, pieces, short_runs
 from longlora_jax.errors import UserError
 from longlora_jax.kernels import causal_attention
 from longlora_jax.losses import cross_entropy
@@ -63,11 +63,24 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
     how = exchange(pattern, q.shape[1], q.shape[2], k.shape[2], context)
     rows = row_axes(q.shape[0], mesh)
     specs = [(P(rows, "context", _head_axis(part, pattern, mesh)),) * 3 for part in parts]
-    segments = [] if segment_ids is None else [segment_ids]
+    runs = short_runs(segment_ids, pattern)
+    if runs is not None and pattern.full_below > q.shape[1] // context:
+        raise UserError(
+            f"attention.full_below={pattern.full_below} is more than the {q.shape[1] // context} tokens of a device: "
+            "lower it or mesh.context"
+        )
+    segments = [x for x in (segment_ids, runs) if x is not None]
 
     def local(*args: Any):
-        parts: Any = args[: len(specs)]
-        segment_ids = args[len(specs)] if segments else None
+        parts, given = args[: len(specs)], args[len(specs) :]
+        out = groups(parts, given[0] if given else None)
+        if runs is None:
+            return out
+        return tuple(
+            _short(*part, given[1], pattern.full_below, x, context) for part, x in zip(parts, out, strict=True)
+        )
+
+    def groups(parts: Any, segment_ids):
         if pattern.name in ABLATIONS:
             q, k, v = parts[0]
             return (attend(q, k, v, pattern, segment_ids=segment_ids),)
@@ -215,6 +228,16 @@ def _after(before, q, k, v, segment_ids):
     return causal_attention(
         q, join([k_before, k]), join([v_before, v]), join([segments_before, segment_ids])
     )[:, s:]  # fmt: skip
+
+
+def _short(q, k, v, runs, size: int, others, context: int):
+    """attention.attend_short on a shard, with the tokens before it from one neighbour."""
+    before = None
+    if context > 1:
+        k_before, v_before, runs_before = (_from_the_left(x[:, -size:], context) for x in (k, v, runs))
+        first = jax.lax.axis_index("context") == 0
+        before = k_before, v_before, jnp.where(first, -2, runs_before)
+    return attend_short(q, k, v, runs, size, others, before)
 
 
 def _cut(segment_ids, start: int, stop: int):

@@ -16,10 +16,14 @@ PATTERNS = ("full", *GROUPED, *ABLATIONS)
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys a query may see: a name out of PATTERNS and the group size G in tokens (0 for `full`)."""
+    """Which keys a query may see: a name out of PATTERNS and the group size G in tokens (0 for `full`).
+
+    full_below: tokens of a segment of at most so many see all of their segment that came before, whatever the groups.
+    """
 
     name: str
     group_size: int = 0
+    full_below: int = 0
 
     def __post_init__(self):
         if self.name not in PATTERNS:
@@ -45,8 +49,8 @@ def allowed(pattern: Pattern, head, i, j, *, num_heads: int, seq_len: int, segme
     """Whether query position i of a head may see key position j.
 
     head, i, j: integers or integer arrays that broadcast; num_heads N and seq_len T are those of the model and
-    the row; segment_ids: [T] or None. Returns booleans of the broadcast shape. arXiv:2309.12307, sections 3.2
-    and B; differs from its Algorithm 1 in that `s2` wraps nothing round (`s2_wrap` does).
+    the row; segment_ids: [T] or None, a segment being a run of equal ids. Returns booleans of the broadcast shape.
+    arXiv:2309.12307, sections 3.2 and B; other than its Algorithm 1, `s2` wraps nothing round (`s2_wrap` does).
     """
     head, i, j = np.broadcast_arrays(head, i, j)
     g, t = pattern.group_size, seq_len
@@ -76,5 +80,9 @@ def allowed(pattern: Pattern, head, i, j, *, num_heads: int, seq_len: int, segme
             seen = causal & ((i - j < g) | ((i - j) % g == 0))
     if segment_ids is not None:
         segment_ids = np.asarray(segment_ids)
+        if pattern.full_below:
+            runs = np.cumsum(np.diff(segment_ids, prepend=segment_ids[0]) != 0)
+            short = np.bincount(runs)[runs] <= pattern.full_below
+            seen = np.where(short[i], causal & (runs[i] == runs[j]), seen)
         seen = seen & (segment_ids[i] == segment_ids[j])
     return seen

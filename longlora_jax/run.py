@@ -137,11 +137,12 @@ def extend_model(model: ModelConfig, config: Config) -> ModelConfig:
 def build_model(config: Config, mesh=None) -> Llama:
     """The model of a run under its training pattern, on a mesh if one is given."""
     assert config.model is not None  # resolve() filled it
-    name = config.attention.pattern
+    name, attention = config.attention.pattern, config.attention
+    group = attention.group_tokens(config.seq_len)
     return Llama(
         config.model,
         lora=config.lora if config.mode != "full" else None,
-        pattern=FULL if name == "full" else Pattern(name, config.attention.group_tokens(config.seq_len)),
+        pattern=FULL if name == "full" else Pattern(name, group, attention.full_below),
         dtype=jnp.dtype(config.dtype),
         remat=config.remat,
         mesh=mesh,

@@ -14,7 +14,6 @@ from tiny import random_params, tiny_config
 
 import longlora_jax
 from longlora_jax import generate as command
-from longlora_jax.cache import BLOCK
 from longlora_jax.checkpoint import open_model
 from longlora_jax.config import LoraConfig, MeshConfig
 from longlora_jax.data import load_tokenizer
@@ -165,7 +164,7 @@ def test_no_scores_of_a_chunk_against_the_whole_window():
     zeros = jnp.zeros((rows, chunk), jnp.int32)
     run = lambda params, cache: model.apply({"params": params}, zeros, cache=cache, method="hidden")  # noqa: E731
     made = shapes(run, session._params, session._cache)
-    scores = rows * model.config.num_attention_heads * chunk * BLOCK
+    scores = rows * model.config.num_attention_heads * chunk * 512
     assert session._cache.keys.shape in made
     assert max(int(np.prod(s)) for s in made if s != session._cache.keys.shape) == scores
 

@@ -248,7 +248,7 @@ class Windows:
         for x in (self.packing.first, self.packing.document, self.packing.start, self.packing.stop):
             crc = zlib.crc32(x.astype("<i8").data, crc)
         table = {"seq_len": self.packing.seq_len, "packing": self.packing.kind, "windows": len(self), "pieces": crc}
-        return {**self._documents.identity(), "eos_id": self._documents.eos_id, **table}
+        return self._documents.identity() | table
 
 
 def pack(

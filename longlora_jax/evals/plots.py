@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
@@ -64,6 +65,54 @@ def plot_perplexity(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     _name_ends(axes, ends)
+    _save(figure, path)
+
+
+def plot_grid(
+    values: np.ndarray,
+    texts: Sequence[Sequence[str]],
+    path: str,
+    *,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    title: str,
+    x_label: str,
+    y_label: str,
+    after: int | None = None,
+    note: str = "",
+) -> None:
+    """Draws values [rows, columns] from 0 to 1 (NaN: not measured) as a heat map with a text in each cell.
+
+    path: .png, .svg or .pdf, replaced when the picture is complete; after: a dashed line behind so many columns, if it
+    parts some from others, with a note above it.
+    """
+    width, height = max(5.5, 1.6 + 0.95 * len(columns)), 1.9 + 0.55 * len(rows)
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor("#eeeeee")
+    # From orange to blue by way of a light grey: lightness alone tells neither end from the middle in print.
+    colours = LinearSegmentedColormap.from_list("wrong to right", [HIGHLIGHT, "#f2e9dc", COLOURS[0]])
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        dark = np.isfinite(value) and abs(value - 0.5) > 0.3
+        axes.text(j, i, texts[i][j], ha="center", va="center", color="white" if dark else "black", fontsize=10)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if after is not None and 0 < after < len(columns):
+        axes.axvline(after - 0.5, color="#333333", linewidth=1.4, linestyle=(0, (4, 3)))
+        place = {"ha": "right" if 2 * after > len(columns) else "left", "va": "bottom", "color": "#666666"}
+        axes.annotate(note, (after - 0.5, 1.01), xycoords=("data", "axes fraction"), fontsize=9, **place)
+    axes.set_title(title, loc="left", fontweight="bold", pad=20)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    figure.colorbar(image, ticks=[0, 0.5, 1], pad=0.02)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str) -> None:
     aside = Path(path).with_suffix(f".incomplete{Path(path).suffix}")
     figure.savefig(aside)
     os.replace(aside, path)

@@ -1,0 +1,126 @@
+"""A model that reads long prompts and answers, and prompts that have an exact length.
+
+A prompt is built as text and counted as a whole, template and all: pieces that are tokenized apart and then joined
+are tokens that the text does not have.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from longlora_jax.checkpoint import fingerprint, is_workdir, open_model
+from longlora_jax.data import load_tokenizer
+from longlora_jax.data.chat import has_chat_template, render_chat
+from longlora_jax.errors import UserError
+from longlora_jax.generate import eos_ids, generate, load_for_generation
+
+TEMPLATES = ("auto", "plain", "chat")
+TOKENS_AT_ONCE = 8192  # rows of prompts that are read together times their length, unless batch_size says otherwise
+NEARBY = 48  # cuts tried around the longest one that fits: one character more may be a token more, none, or one less
+_MESSAGE = "WHAT-THE-USER-SAYS"
+
+
+class Reader:
+    """A model folder of any kind, its tokenizer and its template; weights are read when it is asked first.
+
+    template: "chat" sends what is asked through the tokenizer's chat template, "plain" as it is, "auto" takes the chat
+    template if there is one. batch_size: prompts read at once (None: TOKENS_AT_ONCE tokens' worth). Raises UserError.
+    """
+
+    def __init__(self, path: str, *, template: str = "auto", dtype: str = "float32", batch_size: int | None = None):
+        self._opened = open_model(path)
+        self._path, self._dtype, self._batch_size = path, dtype, batch_size
+        self.config = self._opened.config
+        folder = self._opened.tokenizer_dir
+        self.tokenizer = load_tokenizer(folder)
+        if template == "chat" and not has_chat_template(folder):
+            raise UserError(f"the tokenizer of {path} has no chat template: use --template plain")
+        self.chat = template == "chat" or (template == "auto" and has_chat_template(folder))
+        self._frame = ("", "")
+        if self.chat:
+            said = [{"role": "user", "content": _MESSAGE}]
+            parts = render_chat(folder, said, add_generation_prompt=True).split(_MESSAGE)
+            if len(parts) != 2:
+                raise UserError(f"the chat template of {path} changes what the user says: use --template plain")
+            self._frame = (parts[0], parts[1])
+
+    def ids(self, text: str, lead: str = "") -> np.ndarray:
+        """The ids [tokens] of a text that the user says and of the lead, with which the answer has begun.
+
+        Raises UserError for a tokenizer with more tokens than the model.
+        """
+        if self.chat:
+            before, after = self._frame
+            ids = self.tokenizer.encode_batch([before + text + after + lead.lstrip()], add_bos=False)[0]
+        else:
+            ids = self.tokenizer.encode(text + lead)
+        if len(ids) and (largest := int(ids.max())) >= self.config.vocab_size:
+            raise UserError(f"token {largest} is outside the model's vocabulary of {self.config.vocab_size}")
+        return ids
+
+    def answer(
+        self, prompts: Sequence[np.ndarray], max_new_tokens: int, stop: Callable[[str], bool] = lambda text: False
+    ) -> list[str]:
+        """What the model writes after each prompt, greedily, until it ends, stop(text so far) says so, or the limit.
+
+        Prompts of one call are filled up to whole batches, so that few shapes are compiled.
+        """
+        longest = max(map(len, prompts))
+        rows = min(self._batch_size or max(TOKENS_AT_ONCE // longest, 1), len(prompts))
+        texts: list[str] = []
+        for first in range(0, len(prompts), rows):
+            batch = list(prompts[first : first + rows])
+            batch += batch[-1:] * (rows - len(batch))
+            tokens = generate(
+                *self._model,
+                batch,
+                max_new_tokens=max_new_tokens,
+                eos_ids=eos_ids(self._opened),
+                stop=lambda row, tokens: stop(self._text(tokens)),
+            )
+            texts += map(self._text, tokens)
+        return texts[: len(prompts)]
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model from others, as a dict that JSON can hold: the step of a run, or digests of weights."""
+        if is_workdir(self._path):
+            steps = [int(p.name) for p in Path(self._path, "checkpoints").iterdir() if p.name.isdigit()]
+            return {"model": self._path, "weights": f"step {max(steps)}"}
+        return {"model": self._path, "weights": fingerprint(self._opened.tokenizer_dir)[:16]}
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    @functools.cached_property
+    def _model(self):
+        return load_for_generation(self._opened, self._dtype)
+
+
+def fit(render: Callable[[int], np.ndarray], length: int, most: int) -> np.ndarray:
+    """The ids of render(n), 0 <= n <= most, that have `length` tokens, or as near below it as there are.
+
+    render(n): ids [tokens] of a prompt with n units of filling, more of them the larger n. Raises UserError if the
+    empty prompt is too long, or the full one too short by more than one unit can be.
+    """
+    if len(ids := render(0)) > length:
+        raise UserError(f"length {length} is too short: the task by itself takes {len(ids)} tokens")
+    low, high = 0, min(most, length)
+    while high < most and len(render(high)) <= length:
+        low, high = high, min(2 * high, most)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(render(middle)) <= length else (low, middle - 1)
+    best = render(low)
+    if low == most and len(best) < length:
+        raise UserError(
+            f"length {length} is more than the text gives: with all of it the prompt has {len(best)} tokens, "
+            "give a longer text or a shorter length"
+        )
+    for n in range(low + 1, min(low + NEARBY, most) + 1):
+        if len(best) == length:
+            break
+        if len(best) < len(ids := render(n)) <= length:
+            best = ids
+    return best

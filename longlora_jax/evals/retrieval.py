@@ -1,0 +1,226 @@
+"""Questions whose answer lies somewhere in a long prompt, asked over a grid of lengths and depths.
+
+Depth is the share of the filling, in characters, that comes before what is to be found: 0 is the beginning, 1 the end.
+Length is that of the whole prompt in tokens, template and all; a prompt that cannot have it exactly has a few less, and
+the results say how many it has. A result is written as soon as it is there, and a grid that was broken off goes on.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from longlora_jax import errors
+from longlora_jax.data import read_text
+from longlora_jax.errors import UserError
+from longlora_jax.evals.command import check_outputs, note_window, number, numbers, start_logging
+from longlora_jax.evals.plots import plot_grid
+from longlora_jax.evals.reader import TEMPLATES, TOKENS_AT_ONCE, Reader
+from longlora_jax.files import read_json, write_json
+from longlora_jax.progress import progress_bar
+
+Z = 1.959964  # of the normal distribution, for 95%
+DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+class Task(NamedTuple):
+    """What is asked, and when an answer is right.
+
+    ask(reader, length, depth, rng) -> (ids [tokens] of a prompt, what is expected); judge(answer, expected) -> its
+    score from 0 to 1, which is right; stop(answer so far) -> whether to write no more; graded: results have a score.
+    settings: what else the results depend on, for the head of the JSON.
+    """
+
+    name: str
+    ask: Callable[[Reader, int, float, np.random.Generator], tuple[np.ndarray, str]]
+    judge: Callable[[str, str], float]
+    stop: Callable[[str], bool]
+    max_new_tokens: int
+    settings: dict[str, Any]
+    graded: bool = False
+
+
+def wilson(correct: int, trials: int) -> tuple[float, float]:
+    """The 95% interval of a share of right answers (E. B. Wilson, 1927, without correction for continuity)."""
+    share, z2 = correct / trials, Z * Z
+    middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    # Rounding would leave a trace below 0 and above 1.
+    return (0.0 if correct == 0 else middle - half), (1.0 if correct == trials else middle + half)
+
+
+def split_at_sentence(text: str, depth: float) -> tuple[str, str]:
+    """(before, after) of a text, parted where a sentence ends nearest to this depth; 0 and 1 are its very ends."""
+    place = round(depth * len(text))
+    if 0 < place < len(text):
+        ends = [0, *(m.end() for m in re.finditer(r"[.!?][\"'”’)]*\s+", text)), len(text)]
+        place = min(ends, key=lambda end: abs(end - place))
+    return text[:place], text[place:]
+
+
+class Results:
+    """The results of a command in its JSON file, if it has one: those of an earlier call of the same settings count.
+
+    key: the fields by which a result is known. Raises UserError for a file of other settings, or of something else.
+    """
+
+    def __init__(self, path: str | None, head: dict[str, Any], key: Sequence[str]):
+        self._path, self._key = path, tuple(key)
+        self.head = json.loads(json.dumps(head))
+        self.rows: list[dict[str, Any]] = []
+        if not path or not os.path.exists(path):
+            return
+        found = read_json(path)
+        self.rows = found.get("results", [])
+        if not isinstance(self.rows, list) or not all(isinstance(r, dict) and set(key) <= set(r) for r in self.rows):
+            raise UserError(f"{path} holds something else than these results: give another --json")
+        for name, value in self.head.items():
+            if found.get(name) != value:
+                raise UserError(
+                    f"{path} holds results with {name}={found.get(name)}, these are with {name}={value}: "
+                    "give another --json, or remove it"
+                )
+
+    def find(self, **wanted: Any) -> dict[str, Any] | None:
+        """The result with these values."""
+        return next((row for row in self.rows if all(row.get(k) == v for k, v in wanted.items())), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds a result, in the place of one of the same key, and writes them all."""
+        self.rows = [old for old in self.rows if any(old[k] != row[k] for k in self._key)]
+        self.rows = sorted([*self.rows, row], key=lambda r: [r[k] for k in self._key])
+        if self._path:
+            write_json(self._path, self.head | {"results": self.rows})
+
+
+def grid_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
+    """The flags that all grids have."""
+    parser = errors.ArgumentParser(
+        prog=f"python -m longlora_jax.evals.{name}",
+        description=f"{description} Called again with the same --json it computes only what is missing there.",
+        epilog=f"Example: python -m longlora_jax.evals.{name} --model runs/my_run {example}",
+    )
+    add_model_flags(parser)
+    add = parser.add_argument
+    add(
+        "--lengths",
+        required=True,
+        type=numbers(int, 1),
+        metavar="T[,T...]",
+        help="lengths of the whole prompt in tokens: 1024,4096. Lengths beyond the model's window are asked too",
+    )
+    add("--trials", type=number(int, 1), default=5, metavar="N", help="questions for each result (default: 5)")
+    add("--seed", type=number(int, 0), default=0, metavar="N", help="of what is to be found (default: 0)")
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every command that lets a model answer."""
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
+    add("--json", metavar="FILE", help="where to write the results, and where to find those of an earlier call")
+    add("--plot", metavar="FILE.png", help="where to draw them")
+    template_help = "ask through the tokenizer's chat template, or not (default: auto, where there is one)"
+    add("--template", choices=TEMPLATES, default="auto", help=template_help)
+    dtype_help = "of weights, activations and cache (default: float32)"
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
+    rows_help = f"prompts read at once: speed and memory only (default: {TOKENS_AT_ONCE} tokens' worth)"
+    add("--batch_size", type=number(int, 1), metavar="N", help=rows_help)
+
+
+def add_depths(parser: argparse.ArgumentParser) -> None:
+    """The flag of grids that hide something at a depth."""
+    depths_help = "where it lies: 0 the beginning, 1 the end (default: 0,0.25,0.5,0.75,1)"
+    parser.add_argument(
+        "--depths", type=numbers(float, 0, most=1), default=DEPTHS, metavar="D[,D...]", help=depths_help
+    )
+
+
+def read_haystack(path: str) -> str:
+    """The text of a file, without blank ends. Raises UserError if there is none."""
+    if not (text := read_text(path).strip()):
+        raise UserError(f"{path} is empty: give a text")
+    return text
+
+
+def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | None) -> list[dict[str, Any]]:
+    """Asks what is not in args.json yet and returns all results; depths None: there are none in the results.
+
+    Prints a table, writes args.json and draws args.plot. Raises UserError.
+    """
+    start_logging()
+    check_outputs(args.json, args.plot)
+    reader = Reader(args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size)
+    head = {"task": task.name, **reader.identity(), "dtype": args.dtype, "template": "chat" if reader.chat else "plain"}
+    key = ("length",) if depths is None else ("length", "depth")
+    results = Results(args.json, head | {"seed": args.seed} | task.settings, key)
+    cells = [{"length": t} | ({} if depths is None else {"depth": d}) for t in args.lengths for d in depths or [0.0]]
+    missing = [cell for cell in cells if not results.find(**cell, trials=args.trials)]
+    for cell in missing:  # a length that cannot be is told before hours are spent on the others
+        _ask(task, reader, cell, args.seed, 0)
+    note_window(args.lengths, reader.config)
+    done = (len(cells) - len(missing)) * args.trials
+    with progress_bar(len(cells) * args.trials, label=task.name, unit="prompt", start=done) as bar:
+        for cell in missing:
+            asked = [_ask(task, reader, cell, args.seed, trial) for trial in range(args.trials)]
+            answers = reader.answer([ids for ids, _ in asked], task.max_new_tokens, task.stop)
+            results.add(cell | _judged(task, asked, answers))
+            bar.update(args.trials)
+    _print(results.rows, args.model, task.graded)
+    if args.plot:
+        _plot(task, results.rows, args, reader.config.max_position_embeddings)
+    return results.rows
+
+
+def _ask(task: Task, reader: Reader, cell: dict[str, Any], seed: int, trial: int) -> tuple[np.ndarray, str]:
+    # The same questions at every depth: what differs between results is the place.
+    rng = np.random.default_rng([seed, cell["length"], trial])
+    return task.ask(reader, cell["length"], cell.get("depth", 0.0), rng)
+
+
+def _judged(task: Task, asked: list[tuple[np.ndarray, str]], answers: list[str]) -> dict[str, Any]:
+    scores = [task.judge(answer, expected) for answer, (_, expected) in zip(answers, asked, strict=True)]
+    correct = sum(score == 1 for score in scores)
+    low, high = wilson(correct, len(scores))
+    row: dict[str, Any] = {"tokens": min(len(ids) for ids, _ in asked), "trials": len(scores), "correct": correct}
+    row |= {"low": low, "high": high} | ({"score": float(np.mean(scores))} if task.graded else {})
+    said = [{"expected": e, "answer": a} for (_, e), a in zip(asked, answers, strict=True)]
+    return row | {"answers": said}
+
+
+def _print(rows: list[dict[str, Any]], model: str, graded: bool) -> None:
+    print(model)
+    print(" length  depth  tokens    right  95% interval" + ("  score" if graded else ""))
+    for r in rows:
+        depth, right = f"{r['depth']:.2f}" if "depth" in r else "-", f"{r['correct']}/{r['trials']}"
+        score = f"{r['score']:>9.2f}" if graded else ""
+        print(f"{r['length']:>7} {depth:>6} {r['tokens']:>7} {right:>8}  {r['low']:.2f} to {r['high']:.2f}{score}")
+
+
+def _plot(task: Task, rows: list[dict[str, Any]], args: argparse.Namespace, window: int) -> None:
+    lengths, depths = sorted({r["length"] for r in rows}), sorted({r.get("depth", 0.0) for r in rows})
+    values = np.full((len(depths), len(lengths)), np.nan)
+    texts = [["" for _ in lengths] for _ in depths]
+    for r in rows:
+        i, j = depths.index(r.get("depth", 0.0)), lengths.index(r["length"])
+        values[i, j] = r["score"] if task.graded else r["correct"] / r["trials"]
+        texts[i][j] = f"{r['score']:.2f}" if task.graded else f"{r['correct']}/{r['trials']}"
+    placed = "depth" in rows[0]
+    plot_grid(
+        values,
+        texts,
+        args.plot,
+        columns=[f"{length:,}" for length in lengths],
+        rows=[f"{depth:.0%}" for depth in depths] if placed else [""],
+        title=f"{Path(args.model).resolve().name}: {task.name}",
+        x_label="length of the prompt in tokens",
+        y_label="depth" if placed else "",
+        after=sum(length <= window for length in lengths),
+        note=f"window of the model: {window:,}",
+    )
