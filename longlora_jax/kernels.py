@@ -117,8 +117,8 @@ def keeps_cudnn(primitive, *_, **__) -> bool:
 def causal_mask(t: int):
     """The causal mask of t tokens for the splash kernel, ready at once.
 
-    The kernel asks a mask for every block whether all or any of it is seen, which it answers with as many bools: minutes
-    at 262,144 tokens. Off the diagonal one bool says it.
+    The kernel asks of every block whether all or any of it is seen. JAX's own mask answers with as many bools as the
+    block has pairs, which takes minutes at 262,144 tokens; off the diagonal one bool says it.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 

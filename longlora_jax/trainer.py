@@ -16,12 +16,16 @@ from longlora_jax.weights import get_leaf
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """What a step changes: the trainable partition (float32), its optimizer state and the step count.
+    """What a step changes: the trainable partition (float32), its optimizer state and the counts of steps.
 
+    step: all; skipped: those without an update, because their loss or gradient was not finite; in_a_row: the last of
+    these, 0 after an update.
     model, optimizer, accumulation and loss_chunk are static: another value is another compiled step.
     """
 
     step: jax.Array
+    skipped: jax.Array
+    in_a_row: jax.Array
     trainable: Any
     opt_state: Any
     dropout_key: jax.Array
@@ -35,6 +39,8 @@ class TrainState(flax.struct.PyTreeNode):
         """A state at step 0 with a fresh optimizer."""
         return cls(
             step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            in_a_row=jnp.zeros((), jnp.int32),
             trainable=trainable,
             opt_state=optimizer.init(trainable),
             dropout_key=jax.random.PRNGKey(seed),
@@ -65,7 +71,9 @@ def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict[str, 
 
     frozen: the other partition, never differentiated; batch: leaves [B, T], cut into state.accumulation parts
     whose gradients are summed and divided by the tokens of the whole batch, so every token weighs the same.
-    Returns the new state and {loss, grad_norm, tokens}, float32 scalars.
+    Where the loss or the gradient is not finite nothing is updated, but the step counts: its batch has had its turn,
+    and the schedule goes on.
+    Returns the new state and {loss, grad_norm, tokens, skipped, in_a_row}, scalars.
     """
 
     def sums(trainable, part, key):
@@ -93,13 +101,30 @@ def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict[str, 
     scored = jnp.maximum(tokens, 1)
     grads = jax.tree.map(lambda g: g / scored, grads)
     updates, opt_state = state.optimizer.update(grads, state.opt_state, state.trainable)
-    metrics = {"loss": total / scored, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
+    loss, norm = total / scored, optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # Chosen leaf by leaf where the update is computed anyway: no copy, no branch for the compiler to work round.
+    updated = (optax.apply_updates(state.trainable, updates), opt_state)
+    kept = (state.trainable, _without_update(state.opt_state))
+    trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, kept)
     new = state.replace(
         step=state.step + 1,
-        trainable=optax.apply_updates(state.trainable, updates),
+        skipped=state.skipped + ~good,
+        in_a_row=jnp.where(good, 0, state.in_a_row + 1),
+        trainable=trainable,
         opt_state=opt_state,
     )
-    return new, metrics
+    metrics = {"loss": loss, "grad_norm": norm, "tokens": tokens}
+    return new, metrics | {"skipped": new.skipped, "in_a_row": new.in_a_row}
+
+
+def _without_update(opt_state):
+    """The optimizer's state after a step that is skipped: only the schedule has gone on."""
+
+    def later(x):
+        return x._replace(count=x.count + 1) if isinstance(x, optax.ScaleByScheduleState) else x
+
+    return jax.tree.map(later, opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
 
 
 def _where_weights_are(grads, model: Llama):

@@ -116,7 +116,7 @@ def test_a_hold_out_that_matches_nothing_is_reported(tmp_path, caplog):
         ("text", "nowhere.txt", "nowhere.txt' does not exist"),
         ("text", "texts/*.rst", "no file matches"),
         ("text", "blank.txt", "blank.txt' has no text"),
-        ("text", "texts/latin.txt", "latin.txt is not UTF-8: byte 0xe9 at offset 3"),
+        ("text", "texts/latin.txt", "latin.txt: not UTF-8: byte 0xe9 at offset 3"),
     ],
 )
 def test_bad_corpora_are_refused_in_one_line(tmp_path, source, path, message):

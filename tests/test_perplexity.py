@@ -16,7 +16,7 @@ from longlora_jax import errors
 from longlora_jax.checkpoint import LoadedModel, load_model
 from longlora_jax.config import LoraConfig
 from longlora_jax.evals import perplexity
-from longlora_jax.evals.perplexity import evaluate, on_device, plan_windows, standard_error
+from longlora_jax.evals.scoring import evaluate, on_device, plan_windows, standard_error
 from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.model import Llama, abstract_params
 from longlora_jax.patterns import Pattern
@@ -232,10 +232,10 @@ def test_untrained_scaling_equals_transformers(folder, files, documents, tmp_pat
     out = tmp_path / "out.json"
     flags = ["--rope_type", "linear"] + ([] if factor is None else ["--rope_factor", str(factor)])
     common = ["--model", str(folder), "--data", files[0], "--max_windows", "1", "--json", str(out)]
-    perplexity.main([*common, "--seq_len", "80,32", *flags])
+    perplexity.main([*common, "--seq_len", "32,80", *flags])
     written = json.loads(out.read_text())
     assert written["rope_override"] == {"rope_type": "linear", "rope_factor": factor}
-    for row, ratio in zip(written["results"], (80 / WINDOW, 1), strict=True):
+    for row, ratio in zip(written["results"], (1, 80 / WINDOW), strict=True):
         used = factor or math.ceil(ratio)
         nll = target_nll(folder, documents[0][: row["seq_len"]], rope_type="linear", factor=float(used))
         np.testing.assert_allclose(row["nll"], nll.mean(), **CLOSE)

@@ -16,8 +16,8 @@ from longlora_jax.evals.answers import exact_match, f1
 from longlora_jax.evals.command import check_outputs, number, start_logging
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import Reader
-from longlora_jax.evals.retrieval import Results, add_model_flags, wilson
-from longlora_jax.files import write_json
+from longlora_jax.evals.results import Results
+from longlora_jax.evals.retrieval import add_model_flags, wilson
 from longlora_jax.progress import progress_bar
 
 
@@ -97,21 +97,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"none of the {len(rows)} rows of {args.data} fits: the shortest prompt has {shortest} tokens, there is "
             f"room for {most} beside --max_new_tokens {args.max_new_tokens}: raise --max_tokens"
         )
-    head = {"task": "longqa", **reader.identity(), "data": args.data, "dtype": args.dtype}
-    head |= {"template": "chat" if reader.chat else "plain", "max_new_tokens": args.max_new_tokens}
+    head = {"task": "longqa", "model": args.model, "weights": reader.weights, "data": args.data, "dtype": args.dtype}
+    head |= {"template": reader.template, "max_new_tokens": args.max_new_tokens}
     results = Results(args.json, head, ["row"])
     asked = fitting[: args.limit]
     missing = [row for row in asked if not results.find(row=row)]
+    size = args.batch_size or 1
+
+    def stop(text: str) -> bool:
+        return not reader.chat and "\n" in text.strip()
+
     with progress_bar(len(asked), label="longqa", unit="question", start=len(asked) - len(missing)) as bar:
-        for row in missing:
-            (answer,) = reader.answer(
-                [prompts[row]], args.max_new_tokens, lambda t: not reader.chat and "\n" in t.strip()
-            )
-            answer, right = answer.strip(), rows[row].answers
-            scores = {"exact_match": exact_match(answer, right), "f1": f1(answer, right)}
-            said = {"question": rows[row].question, "expected": right, "answer": answer}
-            results.add({"row": row, "tokens": len(prompts[row])} | scores | said)
-            bar.update()
+        for batch in (missing[i : i + size] for i in range(0, len(missing), size)):
+            answers = reader.answer([prompts[row] for row in batch], args.max_new_tokens, stop)
+            for row, answer in zip(batch, answers, strict=True):
+                results.add({"row": row, "tokens": len(prompts[row])} | _judged(rows[row], answer.strip()))
+                bar.update()
     _report(results, skipped, most, args)
 
 
@@ -125,6 +126,11 @@ def _read(path: str) -> list[Question]:
     return rows
 
 
+def _judged(question: Question, answer: str) -> dict[str, Any]:
+    scores = {"exact_match": exact_match(answer, question.answers), "f1": f1(answer, question.answers)}
+    return scores | {"question": question.question, "expected": question.answers, "answer": answer}
+
+
 def _report(results: Results, skipped: int, most: int, args) -> None:
     whole, parts = summary(results.rows), by_length(results.rows)
     print(args.model)
@@ -134,8 +140,7 @@ def _report(results: Results, skipped: int, most: int, args) -> None:
     print(f"{skipped} rows left out: their prompts have more than {most:,} tokens")
     if args.json:
         lengths = [{"tokens_up_to": size, **part} for size, part in parts.items()]
-        counted = {"skipped": skipped, "summary": whole, "by_length": lengths}
-        write_json(args.json, results.head | counted | {"results": results.rows})
+        results.write(skipped=skipped, summary=whole, by_length=lengths)
     if args.plot:
         shown = {f"{size:,}": part for size, part in parts.items()} | {"all": whole}
         values = np.array([[part[key] for part in shown.values()] for key in ("exact_match", "f1")])

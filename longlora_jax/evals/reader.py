@@ -6,14 +6,14 @@ are tokens that the text does not have.
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from longlora_jax.checkpoint import fingerprint, is_workdir, open_model
+from longlora_jax.checkpoint import open_model
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat import has_chat_template, render_chat
 from longlora_jax.errors import UserError
+from longlora_jax.evals.results import weights_of
 from longlora_jax.generate import eos_ids, generate, load_for_generation
 
 TEMPLATES = ("auto", "plain", "chat")
@@ -31,13 +31,15 @@ class Reader:
 
     def __init__(self, path: str, *, template: str = "auto", dtype: str = "float32", batch_size: int | None = None):
         self._opened = open_model(path)
-        self._path, self._dtype, self._batch_size = path, dtype, batch_size
+        self._dtype, self._batch_size = dtype, batch_size
         self.config = self._opened.config
         folder = self._opened.tokenizer_dir
+        self.weights = weights_of(path, folder)
         self.tokenizer = load_tokenizer(folder)
         if template == "chat" and not has_chat_template(folder):
             raise UserError(f"the tokenizer of {path} has no chat template: use --template plain")
         self.chat = template == "chat" or (template == "auto" and has_chat_template(folder))
+        self.template = "chat" if self.chat else "plain"
         self._frame = ("", "")
         if self.chat:
             said = [{"role": "user", "content": _MESSAGE}]
@@ -82,13 +84,6 @@ class Reader:
             )
             texts += map(self._text, tokens)
         return texts[: len(prompts)]
-
-    def identity(self) -> dict[str, str]:
-        """What tells this model from others, as a dict that JSON can hold: the step of a run, or digests of weights."""
-        if is_workdir(self._path):
-            steps = [int(p.name) for p in Path(self._path, "checkpoints").iterdir() if p.name.isdigit()]
-            return {"model": self._path, "weights": f"step {max(steps)}"}
-        return {"model": self._path, "weights": fingerprint(self._opened.tokenizer_dir)[:16]}
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -6,9 +6,7 @@ the results say how many it has. A result is written as soon as it is there, and
 """
 
 import argparse
-import json
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.evals.command import check_outputs, note_window, number, numbers, start_logging
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import TEMPLATES, TOKENS_AT_ONCE, Reader
-from longlora_jax.files import read_json, write_json
+from longlora_jax.evals.results import Results
 from longlora_jax.progress import progress_bar
 
 Z = 1.959964  # of the normal distribution, for 95%
@@ -62,41 +60,6 @@ def split_at_sentence(text: str, depth: float) -> tuple[str, str]:
         ends = [0, *(m.end() for m in re.finditer(r"[.!?][\"'”’)]*\s+", text)), len(text)]
         place = min(ends, key=lambda end: abs(end - place))
     return text[:place], text[place:]
-
-
-class Results:
-    """The results of a command in its JSON file, if it has one: those of an earlier call of the same settings count.
-
-    key: the fields by which a result is known. Raises UserError for a file of other settings, or of something else.
-    """
-
-    def __init__(self, path: str | None, head: dict[str, Any], key: Sequence[str]):
-        self._path, self._key = path, tuple(key)
-        self.head = json.loads(json.dumps(head))
-        self.rows: list[dict[str, Any]] = []
-        if not path or not os.path.exists(path):
-            return
-        found = read_json(path)
-        self.rows = found.get("results", [])
-        if not isinstance(self.rows, list) or not all(isinstance(r, dict) and set(key) <= set(r) for r in self.rows):
-            raise UserError(f"{path} holds something else than these results: give another --json")
-        for name, value in self.head.items():
-            if found.get(name) != value:
-                raise UserError(
-                    f"{path} holds results with {name}={found.get(name)}, these are with {name}={value}: "
-                    "give another --json, or remove it"
-                )
-
-    def find(self, **wanted: Any) -> dict[str, Any] | None:
-        """The result with these values."""
-        return next((row for row in self.rows if all(row.get(k) == v for k, v in wanted.items())), None)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Adds a result, in the place of one of the same key, and writes them all."""
-        self.rows = [old for old in self.rows if any(old[k] != row[k] for k in self._key)]
-        self.rows = sorted([*self.rows, row], key=lambda r: [r[k] for k in self._key])
-        if self._path:
-            write_json(self._path, self.head | {"results": self.rows})
 
 
 def grid_parser(name: str, description: str, example: str) -> argparse.ArgumentParser:
@@ -157,9 +120,10 @@ def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | Non
     start_logging()
     check_outputs(args.json, args.plot)
     reader = Reader(args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size)
-    head = {"task": task.name, **reader.identity(), "dtype": args.dtype, "template": "chat" if reader.chat else "plain"}
+    head = {"task": task.name, "model": args.model, "weights": reader.weights, "dtype": args.dtype}
+    head |= {"template": reader.template, "seed": args.seed}
     key = ("length",) if depths is None else ("length", "depth")
-    results = Results(args.json, head | {"seed": args.seed} | task.settings, key)
+    results = Results(args.json, head | task.settings, key)
     cells = [{"length": t} | ({} if depths is None else {"depth": d}) for t in args.lengths for d in depths or [0.0]]
     missing = [cell for cell in cells if not results.find(**cell, trials=args.trials)]
     for cell in missing:  # a length that cannot be is told before hours are spent on the others

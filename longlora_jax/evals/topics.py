@@ -51,7 +51,7 @@ ANSWERED = (
     "The older ones are often the better ones: they explain the reasons and not only the rules.",
     "Certainly. Whenever somebody measures it with care, one of the old certainties turns out to be wrong.",
 )
-TURNS = 5  # of a topic: about 300 tokens
+TURNS = 10  # of a topic: about 450 tokens
 
 
 def conversation(turns: int, rng: np.random.Generator) -> tuple[list[str], list[str]]:

@@ -1,0 +1,278 @@
+"""A conversation about a document: what the model has read already is not read again."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longlora_jax.chat.document import Document
+from longlora_jax.checkpoint import OpenModel
+from longlora_jax.data.chat import has_chat_template, render_chat
+from longlora_jax.data.stream import TextStream
+from longlora_jax.data.tokenizer import Tokenizer
+from longlora_jax.errors import UserError
+from longlora_jax.generate import common_prefix, eos_ids, load_for_generation
+from longlora_jax.session import GREEDY, Sampling, Session
+
+LEAST_ROOM = 64  # tokens that a document must leave for a question and its answer
+STEP = 2048  # tokens; a cache is a multiple of them, and has room for at least so many more than it was made for
+PROBES = ("Who?", "1", "\u00e9")  # questions that share no first token
+
+Message = dict[str, str]
+Progress = Callable[[int, int], Any]
+
+
+class Stopped(Exception):
+    """Reading was stopped; what was read before it is still known."""
+
+
+class Reader:
+    """A model on its devices, and the one row of tokens that it has read last.
+
+    All conversations share it in turns, and only one may use it at a time: memory for one cache, however many there
+    are. Raises UserError from encode(), for ids outside of the vocabulary.
+    """
+
+    def __init__(self, opened: OpenModel, tokenizer: Tokenizer, dtype: str = "float32", *, chunk: int = 512):
+        self.window = opened.config.max_position_embeddings
+        self.tokenizer, self.ends = tokenizer, eos_ids(opened)
+        self._folder, self._vocab_size = opened.tokenizer_dir, opened.config.vocab_size
+        self._has_template = has_chat_template(self._folder)
+        self._model, self._params = load_for_generation(opened, dtype)
+        self._chunk, self._capacity = chunk, 0
+        self._session: Any = None
+        self._read: list[int] = []  # all that the session has read, and what it drew last
+        self._marked: list[int] = []  # what it can be rewound to
+
+    def encode(self, messages: Sequence[Message]) -> np.ndarray:
+        """The ids [tokens] of a conversation that the model is to go on with, by its chat template if it has one."""
+        if self._has_template:
+            text = render_chat(self._folder, list(messages), add_generation_prompt=True)
+            ids = self.tokenizer.encode_batch([text], add_bos=False)[0]
+        else:
+            ends = {"user": "\n", "assistant": "\n\n"}
+            ids = self.tokenizer.encode("".join(m["content"] + ends[m["role"]] for m in messages))
+        if len(ids) and ids.max() >= self._vocab_size:
+            raise UserError(f"token {ids.max()} is outside the model's vocabulary of {self._vocab_size}")
+        return ids
+
+    def read(self, ids: np.ndarray, kept: int, room: int, progress: Progress) -> int:
+        """Has the model read ids [tokens], and leaves room for so many more; returns how many were new to it.
+
+        The first `kept` ids can be come back to later. progress is told tokens read and to read, after each chunk; what
+        it raises ends the reading.
+        """
+        if len(ids) + room > self._capacity or not _begins(ids[:kept], self._marked):
+            self._start(len(ids) + room)
+        done = self._read[: self._session.lengths[0]]
+        if len(self._marked) < kept or len(done) == len(ids) or not _begins(ids, done):
+            self._session.rewind()
+            done = self._marked
+        self._read, new = list(done), len(ids) - len(done)
+
+        def told(tokens: int):
+            self._session.wait()
+            told.sum += tokens
+            progress(told.sum, new)
+
+        told.sum = 0
+        try:
+            if len(self._marked) < kept:
+                self._go_on(ids[len(self._read) : kept], told)
+                self._session.mark()
+                self._marked = list(self._read)
+            self._go_on(ids[len(self._read) :], told)
+        except Stopped:
+            self._session.rewind()
+            self._read = list(self._marked)
+            raise
+        except BaseException:  # out of memory, for one: nobody knows what the cache holds
+            self._drop()
+            raise
+        return new
+
+    def stream(self, limit: int, sampling: Sampling, seed: int) -> Iterator[int]:
+        """Draws up to `limit` tokens after what was read, and yields them as they come."""
+        for (token,) in self._session.stream(limit, sampling, seed):
+            self._read.append(int(token))
+            yield int(token)
+
+    def _start(self, tokens: int) -> None:
+        self._drop()  # before the next cache takes its memory
+        self._capacity = max(tokens, min(self.window, (tokens // STEP + 2) * STEP))
+        self._session = Session(self._model, self._params, 1, self._capacity, chunk=self._chunk)
+        self._session.mark()
+
+    def _drop(self) -> None:
+        self._session, self._capacity, self._read, self._marked = None, 0, [], []
+
+    def _go_on(self, ids: np.ndarray, told: Callable[[int], Any]) -> None:
+        self._session.read([ids], told)
+        self._read += ids.tolist()
+
+
+@dataclass
+class Turn:
+    """A question and its answer so far.
+
+    ended: how, "" as long as it goes on: "eos" by the model, "stopped" by the user, "length" after as many tokens as
+    were asked for, "window" where there was no more room. read_tokens of the prompt_tokens were not known already.
+    """
+
+    question: str
+    answer: str = ""
+    ended: str = ""
+    prompt_tokens: int = 0
+    read_tokens: int = 0
+    new_tokens: int = 0
+    read_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+class Conversation:
+    """Questions about a document, or about nothing: load(), then ask() and answer(), in turns.
+
+    document_tokens: of the window, what the document takes with all that the template puts before a question.
+    """
+
+    def __init__(self, reader: Reader):
+        self.reader = reader
+        self.document: Document | None = None
+        self.document_tokens = 0
+        self.turns: list[Turn] = []
+        self._stop = threading.Event()
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the window are taken."""
+        last = self.turns[-1] if self.turns else Turn("")
+        return max(self.document_tokens, last.prompt_tokens + last.new_tokens)
+
+    def load(self, document: Document | None) -> None:
+        """Takes a document, or none any more, and begins anew.
+
+        Raises UserError, and keeps nothing, if it does not leave room for a question in the model's window.
+        """
+        self.clear()
+        self.document, self.document_tokens = None, 0
+        if document is None:
+            return
+        tokens, window = self._kept(document), self.reader.window
+        if tokens + LEAST_ROOM > window:
+            share = max(0, 100 * (window - LEAST_ROOM) // tokens)
+            raise UserError(
+                f"{document.name} takes {tokens:,} tokens, the model's window is {window:,}, {LEAST_ROOM} of them for "
+                f"a question and its answer: cut the document to about {share}% of its length, or extend the model "
+                "further (train.py)"
+            )
+        self.document, self.document_tokens = document, tokens
+
+    def read_ahead(self, progress: Progress = lambda done, total: None) -> None:
+        """Has the model read the document before the first question comes. stop() ends it: answer() reads then."""
+        self._stop.clear()
+        if self.document is None:
+            return
+        ids = self.reader.encode(self._messages(PROBES[0]))[: self.document_tokens]
+        try:
+            self.reader.read(ids, len(ids), LEAST_ROOM, self._unless_stopped(progress))
+        except Stopped:
+            pass
+
+    def ask(self, question: str) -> None:
+        """Puts a question, which answer() answers. Raises UserError if it is blank."""
+        if not question.strip():
+            raise UserError("the question is empty: type one")
+        self._stop.clear()
+        self.turns.append(Turn(question.strip()))
+
+    def answer(
+        self,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        progress: Progress = lambda done, total: None,
+    ) -> Iterator[Turn]:
+        """Answers the last question: yields its turn again and again as the answer grows, and once it has ended.
+
+        Raises UserError, and takes the question back, if the window has no room for it or sampling is out of range.
+        """
+        turn, reader = self.turns[-1], self.reader
+        try:
+            sampling.validate()
+            ids = reader.encode(self._messages(turn.question))
+            if (limit := min(max_new_tokens, reader.window - len(ids))) < 1:
+                raise UserError(
+                    f"the conversation and this question are {len(ids):,} tokens, the model's window is "
+                    f"{reader.window:,}: ask less, begin a new conversation, or take a shorter document"
+                )
+        except UserError:
+            self.turns.pop()
+            raise
+        started, turn.prompt_tokens = time.perf_counter(), len(ids)
+        try:
+            turn.read_tokens = reader.read(ids, self._kept(self.document), limit, self._unless_stopped(progress))
+        except Stopped:
+            turn.ended = "stopped"
+        turn.read_seconds = time.perf_counter() - started
+        yield turn
+        if turn.ended:
+            return
+        text, started = TextStream(reader.tokenizer), time.perf_counter()
+        for token in reader.stream(limit, sampling, seed):
+            turn.new_tokens += 1
+            turn.seconds = time.perf_counter() - started
+            if token in reader.ends:
+                turn.ended = "eos"
+            else:
+                text.push(token)
+            turn.ended = turn.ended or ("stopped" if self._stop.is_set() else "")
+            turn.answer = text.text
+            if turn.ended:
+                break
+            yield turn
+        text.finish()
+        turn.answer = text.text
+        turn.ended = turn.ended or ("length" if limit == max_new_tokens else "window")
+        yield turn
+
+    def stop(self) -> None:
+        """Ends the answer, or the reading, that is under way; for another thread."""
+        self._stop.set()
+
+    def clear(self) -> None:
+        """Begins anew with the same document, which is not read again."""
+        self.stop()
+        self.turns = []
+
+    def _messages(self, question: str, document: Document | None = None) -> list[Message]:
+        """All that was said, and a question; the document stands before the first one."""
+        messages = []
+        for turn in self.turns:
+            if turn.answer and turn.question is not question:
+                messages += [
+                    {"role": "user", "content": turn.question},
+                    {"role": "assistant", "content": turn.answer},
+                ]
+        messages.append({"role": "user", "content": question})
+        if document := document or self.document:
+            messages[0]["content"] = f"{document.text}\n\n{messages[0]['content']}"
+        return messages
+
+    def _kept(self, document: Document | None) -> int:
+        """How many first tokens every conversation about a document shares."""
+        ...
+
+    def _unless_stopped(self, progress: Progress) -> Progress:
+        def told(done: int, total: int):
+            progress(done, total)
+            if self._stop.is_set():
+                raise Stopped
+
+        return told
+
+
+def _begins(ids: np.ndarray, head: list[int]) -> bool:
+    return len(head) <= len(ids) and np.array_equal(ids[: len(head)], head)
