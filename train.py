@@ -2,7 +2,8 @@
 
 Any field of the config can be overridden: --config.optim.learning_rate=1e-4. Started again with the same
 --workdir, a run goes on from its newest checkpoint. The config file and what it can hold: longlora_jax/config.py.
-On several hosts the same command runs on each; launch/ has recipes.
+On several hosts the same command runs on each; launch/ has recipes. Exit code 0: done; 2: something is to be mended
+first; 75: ended early (SIGTERM, a standstill), start the same command again. What a run survives: docs/reliability.md.
 """
 
 import dataclasses
@@ -14,17 +15,21 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
+from jax.errors import JaxRuntimeError
 from ml_collections import config_flags
 
-from longlora_jax import checkpoint, costs, distributed, metrics, optim, run, sharding, trainable
+from longlora_jax import checkpoint, costs, distributed, metrics, optim, run, sharding, trainable, versions
 from longlora_jax.config import Config
 from longlora_jax.data import Batches, in_order
-from longlora_jax.errors import UserError
+from longlora_jax.errors import UserError, in_plain_words
+from longlora_jax.health import Health
 from longlora_jax.kernels import kernel_name
 from longlora_jax.model import Llama, abstract_params
 from longlora_jax.patterns import FULL
 from longlora_jax.progress import progress_bar
+from longlora_jax.run_checkpoints import RunCheckpoints
 from longlora_jax.trainer import TrainState, compile_train_step, jit_eval_step
+from longlora_jax.watch import AGAIN, Watch
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the resolved config.")
@@ -35,12 +40,15 @@ _START = flags.DEFINE_integer("start_seconds", 300, "How long processes wait for
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_seconds", 60, "After so long without a sign of life a process is given up.", lower_bound=1
 )
+_STALL = flags.DEFINE_integer(
+    "stall_seconds", 3600, "A run that completes no step for so long is ended.", lower_bound=1
+)
 
 log = logging.getLogger("longlora_jax")
 
 
-def train(config: Config, workdir: str) -> None:
-    """One run, from the config to the last checkpoint."""
+def train(config: Config, workdir: str, watch: Watch) -> bool:
+    """One run, from the config to the last checkpoint, or to where the watch ends it. Returns whether it is done."""
     config, resumed = run.resolve(config, workdir)
     metrics.check_wandb(config.wandb)
     distributed.check_same("config", lambda: dataclasses.asdict(config))
@@ -56,7 +64,7 @@ def train(config: Config, workdir: str) -> None:
     state, frozen = run.initial_state(config, model, mesh)
 
     # Nothing is written before this line: whatever the user got wrong has been said by now.
-    checkpoints = checkpoint.RunCheckpoints(workdir, keep=config.keep_checkpoints)
+    checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints)
     if not resumed and distributed.is_first():
         checkpoint.write_run_config(workdir, config)
     distributed.check_shared(f"{workdir}/config.json")
@@ -66,6 +74,7 @@ def train(config: Config, workdir: str) -> None:
         data.set_state(data_state)
         log.info("resumed at step %d", state.step)
     start = int(state.step)
+    versions.record(workdir, start)
     full_from = round(config.steps * (1 - config.attention.full_last))
     if start >= full_from:
         state = state.replace(model=model.clone(pattern=FULL))
@@ -75,6 +84,7 @@ def train(config: Config, workdir: str) -> None:
 
     writer = metrics.MetricsLog(workdir, start_step=start, wandb=config.wandb, config=dataclasses.asdict(config))
     schedule = optim.make_schedule(config.optim, config.steps)
+    health = Health(config.max_bad_steps, skipped=int(state.skipped))
     bar = progress_bar(config.steps, start=start, label=Path(workdir).name, unit="step")
 
     def place(batch):
@@ -83,7 +93,8 @@ def train(config: Config, workdir: str) -> None:
         return sharding.place_batch(batch, batch_sharding, rows, config.batch_size)
 
     batch = place(next(data)) if start < config.steps else None
-    began, tokens, logged = time.perf_counter(), 0, start
+    began, tokens, logged, done, last = time.perf_counter(), 0, start, start, start == config.steps
+    watch.begin(start)
     for step in range(start, config.steps):
         if step >= full_from and state.model.pattern != FULL:
             log.info("step %d: from here to the end under full attention (attention.full_last)", step)
@@ -105,18 +116,23 @@ def train(config: Config, workdir: str) -> None:
                 "perf/tokens_per_second": tokens / seconds,
                 "perf/step_seconds": seconds / (done - logged),
             }
-            line |= metrics.peak_memory()
+            line |= metrics.peak_memory() | health.look(done, values)
             writer.write(done, line | (evaluate(state, frozen) if eval_due else {}))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            health.check(done, values, data, workdir)
             began, tokens, logged = time.perf_counter(), 0, done
         bar.update()
-        if done % config.save_every == 0 or last:
+        ends = watch.due(done)
+        if done % config.save_every == 0 or last or ends:
             checkpoints.save(state, data.get_state(done))
+        if ends:
+            break
     bar.close()
     data.close()
     checkpoints.close()
     writer.close()
-    log.info("done: %d steps in %s", config.steps, workdir)
+    log.info("%s: %d steps in %s", "done" if last else "ended early, to be started again", done, workdir)
+    return last
 
 
 class Evaluation:
@@ -191,11 +207,15 @@ def main(argv) -> None:
         )
         if not distributed.is_first():
             metrics.leave_talking()
-        with distributed.one_end():
-            train(_CONFIG.value, _WORKDIR.value)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with Watch(_STALL.value) as watch, distributed.one_end():
+            done = train(_CONFIG.value, _WORKDIR.value, watch)
+    except (UserError, OSError, MemoryError, JaxRuntimeError) as error:
+        if not (reason := str(error) if isinstance(error, UserError) else in_plain_words(error)):
+            raise
+        print(f"error: {reason}", file=sys.stderr)
         sys.exit(2)
+    if not done:
+        sys.exit(AGAIN)
 
 
 def parse_flags(argv) -> list[str]:

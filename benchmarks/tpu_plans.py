@@ -23,6 +23,10 @@ ROWS = {  # name: (config, topology, devices on the context axis, further change
     "7B, 100,000": ("7b_100k", "v5e:2x4", 8, []),
     "7B, 262,144": ("7b_32k", "v5e:2x4", 8, ["seq_len=262144"]),
     "7B, 524,288, offloaded": ("7b_32k", "v5e:2x4", 8, ["seq_len=524288", "remat=offload"]),
+    "7B, 1,048,576, offloaded, in chunks": (
+        *("7b_32k", "v5e:2x4", 8),
+        ["seq_len=1048576", "remat=offload", "chunks=16"],
+    ),
     "13B, 65,536": ("13b_64k", "v5e:2x4", 8, []),
     "70B, 32,768": ("70b_32k", "v5p:2x2x1", 4, []),
     "70B, 262,144": ("70b_32k", "v5p:2x2x4", 16, ["seq_len=262144"]),

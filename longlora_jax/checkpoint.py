@@ -52,43 +52,6 @@ class LoadedModel:
         return self.params if self.lora is None else merge_lora(self.params, self.lora)
 
 
-class RunCheckpoints:
-    """The checkpoints/ of a workdir: saved asynchronously, complete or absent, the newest few kept."""
-
-    def __init__(self, workdir: str, *, keep: int = 2):
-        folder = Path(workdir).absolute() / "checkpoints"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error.strerror}): choose another --workdir") from error
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(folder, options=options)
-
-    def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, None if there is none."""
-        return self._manager.latest_step()
-
-    def save(self, state, data_state: dict) -> None:
-        """Saves a TrainState and the position in the data under the state's step."""
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), data=ocp.args.JsonSave(data_state))
-        self._manager.save(int(state.step), args=args)
-
-    def restore(self, state) -> tuple[Any, dict]:
-        """The newest (TrainState, data position), in the shapes, dtypes and shardings of the given state."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _saved(state))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(self.latest_step(), args=args)
-        return state.replace(**restored["state"]), restored["data"]
-
-    def close(self) -> None:
-        """Waits for the save under way."""
-        self._manager.close()
-
-
-def _saved(state) -> dict:
-    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
-
-
 def fingerprint(path: str) -> str:
     """A digest of a model folder's weights: of every file its size, and its digests if it has them, else 1 MiB of it at
     head, middle and tail.

@@ -183,6 +183,7 @@ class Config:
     wandb: str = ""  # also report to this project of Weights & Biases (pip install wandb); "": do not
     save_every: int = 100
     keep_checkpoints: int = 2
+    max_bad_steps: int = 10  # a step whose loss or gradient is not finite is skipped; so many in a row end the run
     seed: int = 0
 
 
@@ -211,6 +212,7 @@ POSITIVE = (
     "log_every",
     "save_every",
     "keep_checkpoints",
+    "max_bad_steps",
 )
 
 

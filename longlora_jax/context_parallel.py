@@ -209,25 +209,34 @@ def _by_turns(plain, shifted, segment_ids, context: int):
 
 
 def _neighbour(k, v, segments, context: int):
-    """(k, v, segments) of the shard before; on the first shard its tokens are nobody's."""
-    if segments is None:
-        segments = jnp.zeros(k.shape[:2], jnp.int32)
-    k, v, segments = (_from_the_left(x, context) for x in (k, v, segments))
-    return k, v, jnp.where(jax.lax.axis_index("context") == 0, NOBODY, segments)
+    """(k, v, segments) of the shard before; on the first shard its tokens are nobody's. segments may be None."""
+    k, v = _from_the_left(k, context), _from_the_left(v, context)
+    if segments is not None:
+        segments = jnp.where(jax.lax.axis_index("context") == 0, NOBODY, _from_the_left(segments, context))
+    return k, v, segments
 
 
 def _after(before, q, k, v, segment_ids):
     """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
     k_before, v_before, segments_before = before
-    s = k_before.shape[1]
-    if segment_ids is None:
-        segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
-    join = functools.partial(jnp.concatenate, axis=1)
+    s, t = k_before.shape[1], q.shape[1]
     # Queries for the keys before as well, so that the kernel sees a square: their results are dropped.
-    q = jnp.pad(q, ((0, 0), (s, 0), (0, 0), (0, 0)))
-    return causal_attention(
-        q, join([k_before, k]), join([v_before, v]), join([segments_before, segment_ids])
-    )[:, s:]  # fmt: skip
+    nobody = jnp.zeros((q.shape[0], s, *q.shape[2:]), q.dtype)
+
+    def join(x, y):
+        return jnp.concatenate([x, y], axis=1)
+
+    if segment_ids is not None:
+        segments = join(segments_before, segment_ids)
+        return causal_attention(join(nobody, q), join(k_before, k), join(v_before, v), segments)[:, s:]
+    # What the first shard was given stands behind its own tokens: in their future, where nobody looks.
+    first = jax.lax.axis_index("context") == 0
+
+    def place(x, y):
+        return jnp.where(first, join(y, x), join(x, y))
+
+    out = causal_attention(place(nobody, q), place(k_before, k), place(v_before, v))
+    return jnp.where(first, out[:, :t], out[:, s:])
 
 
 def _short(q, k, v, runs, size: int, others, context: int):

@@ -16,14 +16,15 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed as jax_distributed  # the processes' key-value store has no public name
 from jax.errors import JaxRuntimeError
 from tqdm import tqdm
 
-from longlora_jax.errors import UserError
+from longlora_jax.errors import UserError, in_plain_words
+from longlora_jax.roll_call import roll_call
 
 _KEY = "longlora_jax"
 _ALONE = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # launchers that say here how many processes they have started
@@ -34,6 +35,7 @@ _LOST = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|CoordinationService"
 _RESUME = "start the same command again on all hosts, the run resumes from its newest checkpoint"
 _POLL_SECONDS = 0.5
 _LAST_SECONDS = 3  # the first process waits so long for the others to end before it does
+_ANSWER_SECONDS = 60  # a thread of each process answers every half second, whatever its steps do
 _SHARED_SECONDS = 60  # a network file system may show a folder as it was so long ago
 _FOREVER_MS = 7 * 24 * 3600 * 1000  # one host may fetch a model while the others wait; one that is lost ends the wait
 
@@ -58,7 +60,7 @@ def join(
     named = coordinator or num_processes is not None or process_id is not None
     if num_processes == 1 or not named and any(os.environ.get(name) == "1" for name in _ALONE):
         return
-    # As in a run of one process, SIGTERM ends the process; jax would have it wait for a step at which all can save.
+    # SIGTERM is for watch.py.
     jax.config.update("jax_enable_preemption_service", False)
     limits: Any = {"initialization_timeout": start_seconds, "heartbeat_timeout_seconds": heartbeat_seconds}
     if named:
@@ -68,7 +70,7 @@ def join(
                 f"--coordinator={address} --num_processes={num_processes} --process_id={process_id}: give all three, "
                 "HOST:PORT of process 0, how many processes there are, and which of them this is, from 0 on"
             )
-        _roll_call(address, num_processes, process_id, start_seconds)
+        roll_call(address, num_processes, process_id, start_seconds)
         jax.distributed.initialize(
             address, num_processes, process_id, cluster_detection_method="deactivate", **limits
         )  # fmt: skip
@@ -137,6 +139,32 @@ def one_end() -> Iterator[None]:
     _run.leave()
 
 
+def end_all(reason: str, code: int) -> NoReturn:
+    """Ends this process and all others of the run at once, from whatever thread: one line, and this exit code."""
+    if _run is not None:
+        _run.end_all({"reason": reason, "code": code, "lost": False, "process": _run.index})
+    tqdm.write(f"error: {reason}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def ask_to_stop() -> None:
+    """Tells all processes of the run that it should end early: is_stop_asked()."""
+    if _run is not None:
+        _run.ask_to_stop()
+
+
+def is_stop_asked() -> bool:
+    """Whether a process of the run has asked all to end early."""
+    return _run is not None and _run.is_stop_asked()
+
+
+def highest(number: int) -> int:
+    """The highest of the numbers that the processes give; it waits for all of them, and is asked once in a run."""
+    return number if _run is None else _run.highest(number)
+
+
 class _Run:
     """This process as one of several: jax's key-value store, and a thread that watches it for the end."""
 
@@ -167,7 +195,10 @@ class _Run:
 
     def fail(self, error: BaseException) -> None:
         """Ends the run in all processes; the first to fail says why, but process 0 speaks for itself."""
-        fault = _fault(error) | {"process": self.index}
+        self.end_all(_fault(error) | {"process": self.index})
+
+    def end_all(self, fault: dict[str, Any]) -> None:
+        """Ends the run in all processes because of this fault, or of one that another process was faster to report."""
         if not fault["lost"]:
             self._own = fault
         first = f"{_KEY}/fault/first"
@@ -177,6 +208,24 @@ class _Run:
             with contextlib.suppress(JaxRuntimeError):
                 fault = json.loads(self._store.key_value_try_get(first))
         self._end(fault)
+
+    def ask_to_stop(self) -> None:
+        self._store.key_value_set(f"{_KEY}/stop/{self.index}", "")
+
+    def is_stop_asked(self) -> bool:
+        try:
+            return bool(self._store.key_value_dir_get(f"{_KEY}/stop"))
+        except JaxRuntimeError:  # process 0 is lost: jax is about to abort this one
+            return False
+
+    def highest(self, number: int) -> int:
+        self._store.key_value_set(f"{_KEY}/number/{self.index}", str(number))
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while len(numbers := self._store.key_value_dir_get(f"{_KEY}/number")) < self._count:
+            if time.monotonic() > deadline:
+                end_all(f"of {self._count} processes {len(numbers)} answered in {_ANSWER_SECONDS} s: {_RESUME}", 1)
+            time.sleep(0.05)
+        return max(int(value) for _, value in numbers)
 
     def leave(self) -> None:
         """Waits until all processes have come to their end."""
@@ -243,7 +292,7 @@ class _LastWords:
 
 def _fault(error: BaseException) -> dict[str, Any]:
     reason, lost = _first_line(error), False
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or in_plain_words(error):
         return {"reason": reason, "code": 2, "lost": lost}
     if isinstance(error, Exception) and _LOST.search(str(error)):
         lost = True
@@ -253,86 +302,6 @@ def _fault(error: BaseException) -> dict[str, Any]:
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, UserError):
-        return str(error)
+    if words := str(error) if isinstance(error, UserError) else in_plain_words(error):
+        return words
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
-
-
-def _roll_call(coordinator: str, num_processes: int, process_id: int, seconds: int) -> None:
-    """Waits until all processes have come to the coordinator's address; jax would abort over one that is missing.
-
-    Raises UserError, the same on all that came, if one is missing after so many seconds, if they disagree about
-    their number, or if two have one id.
-    """
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise UserError(
-            f"--coordinator={coordinator} is not HOST:PORT: name the host of process 0 and a free port there"
-        )
-    if process_id:
-        fault = _answer(host.strip("[]"), int(port), [process_id, num_processes], seconds)
-    else:
-        fault = _call(int(port), num_processes, seconds)
-    if fault:
-        raise UserError(
-            f"{fault}: start each process with the same --coordinator and --num_processes and its own --process_id"
-        )
-
-
-def _call(port: int, num_processes: int, seconds: int) -> str:
-    """Process 0's part of the roll call. Returns what is wrong, "" if all have come."""
-    fault, came, deadline = "", {0}, time.monotonic() + seconds
-    with contextlib.ExitStack() as stack:
-        try:
-            dual = socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if dual else socket.AF_INET
-            server = stack.enter_context(socket.create_server(("", port), family=family, dualstack_ipv6=dual))
-        except OSError as error:
-            raise UserError(
-                f"port {port} cannot be opened ({error.strerror}): give --coordinator another one"
-            ) from error
-        guests = []
-        while len(came) < num_processes and not fault:
-            server.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                guest = stack.enter_context(server.accept()[0])
-            except TimeoutError:
-                missing = ", ".join(str(i) for i in range(num_processes) if i not in came)
-                fault = f"of {num_processes} processes, {missing} did not come within {seconds} seconds"
-                break
-            try:
-                guest.settimeout(5)
-                theirs, count = json.loads(guest.makefile().readline(100))
-            except (OSError, ValueError, TypeError):
-                continue  # somebody else
-            guests.append(guest)
-            if count != num_processes:
-                fault = f"process {theirs} was given --num_processes={count}, process 0 {num_processes}"
-            elif theirs in came:
-                fault = f"two processes have --process_id={theirs}"
-            came.add(theirs)
-        for guest in guests:
-            with contextlib.suppress(OSError):
-                guest.sendall(f"{fault}\n".encode())
-                guest.recv(1)  # it hangs up first, so that the port is free for jax
-    return fault
-
-
-def _answer(host: str, port: int, me: list[int], seconds: int) -> str:
-    """Another process's part of the roll call. Returns what is wrong, "" if all have come."""
-    deadline, reason = time.monotonic() + seconds, "no answer"
-    while True:
-        try:
-            with socket.create_connection((host, port), timeout=5) as server:
-                server.sendall(f"{json.dumps(me)}\n".encode())
-                server.settimeout(seconds + 5)
-                if line := server.makefile().readline():
-                    return line.strip()
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"process 0 was not reached at {host}:{port} within {seconds} seconds ({reason}): start it there with "
-                "the same --coordinator, on a port that is open between the hosts"
-            )
-        time.sleep(0.2)

@@ -70,6 +70,7 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
         "seq_len": config.seq_len,
         "attention": str(model.pattern),
         "remat": config.remat,
+        "chunks": config.chunks,
         "exchange": exchange(
             model.pattern,
             config.seq_len,
@@ -140,12 +141,13 @@ def search(config: Config, topology: str) -> Config:
     found = find_topology(topology)
     limit, ways = found.chip.memory_gib * GIB, found.count
     fitting = []
-    for doubling, remat in itertools.product(range(-3, 9), ("block", "offload")):
+    hold_less = ({"remat": "block", "chunks": 1}, {"remat": "offload", "chunks": 1}, {"remat": "offload", "chunks": 16})
+    for doubling, less in itertools.product(range(-3, 9), hold_less):
         seq_len = int(config.seq_len * 2**doubling)
         for context in (2**k for k in range(int(math.log2(ways)) + 1)):
             mesh_config = MeshConfig(data=1, fsdp=ways // context, context=context, tensor=1)
             tried = dataclasses.replace(
-                config, seq_len=seq_len, remat=remat, mesh=mesh_config, accumulation=1, batch_size=ways // context
+                config, seq_len=seq_len, mesh=mesh_config, accumulation=1, batch_size=ways // context, **less
             )
             try:
                 validate(tried)
@@ -153,13 +155,14 @@ def search(config: Config, topology: str) -> Config:
                 needed = estimate(tried, _mesh(tried, found))["total"]
             except UserError:  # groups, weights or a sequence that such a mesh cannot cut
                 continue
-            if needed < limit:
-                fitting.append((seq_len, remat == "block", ways // context, tried))
+            if needed < limit and seq_len % (context * tried.chunks) == 0:
+                fitting.append((seq_len, -hold_less.index(less), ways // context, tried))
     for _, _, _, tried in sorted(fitting, key=lambda found: found[:3], reverse=True):
         if found.devices is None:
             return tried
         mesh = _mesh(tried, found)
-        print(f"compiling   {tried.seq_len:,} tokens, mesh {dict(mesh.shape)}, remat {tried.remat}", flush=True)
+        how = f"remat {tried.remat}, chunks {tried.chunks}"
+        print(f"compiling   {tried.seq_len:,} tokens, mesh {dict(mesh.shape)}, {how}", flush=True)
         if _compile(tried, run.build_model(tried, mesh), mesh)[0]:
             return tried
     raise UserError(f"{topology} holds no window of {config.seq_len // 8} tokens or more: take more or larger chips")
@@ -215,7 +218,7 @@ def table(found: dict[str, Any]) -> str:
     total, limit = found["hbm_bytes_per_device"] / GIB, found["hbm_limit_bytes"] / GIB
     flops = found["forward_flops"]
     lines = [
-        f"run         {found['seq_len']:,} tokens, {found['attention']}, remat {found['remat']}",
+        f"run         {found['seq_len']:,} tokens, {found['attention']}, remat {found['remat']}, chunks {found['chunks']}",
         f"devices     {found['devices']} of {found['topology']}, mesh {found['mesh']}",
         f"attention   over context: {found['exchange']}",
         f"parameters  {found['parameters']:,}, of which {found['trainable_parameters']:,} train",
@@ -254,12 +257,14 @@ def _advice(found: dict[str, Any]) -> str:
         )
     if found["remat"] != "offload":
         return "try --config.remat=offload: the blocks' inputs wait in the host's memory"
+    if found["chunks"] == 1:
+        return "try --config.chunks=16: heads and tokens of a block come in chunks"
     return "try more devices, or a shorter --config.seq_len"
 
 
 def _flags(config: Config) -> str:
     """The flags that make a searched config out of its file."""
-    fields = ("seq_len", "batch_size", "accumulation", "remat", "mesh.fsdp", "mesh.context")
+    fields = ("seq_len", "batch_size", "accumulation", "remat", "chunks", "mesh.fsdp", "mesh.context")
     return " ".join(f"--config.{name}={operator.attrgetter(name)(config)}" for name in fields)
 
 

@@ -81,6 +81,7 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
         "log_every": 0,
         "save_every": 0,
         "keep_checkpoints": 0,
+        "max_bad_steps": 0,
         "mesh": None,
         "workers": 0,
         "remat": "",

@@ -47,7 +47,12 @@ def test_chunks_change_nothing(name, packed):
     if axes.get("context") == 4 and axes.get("fsdp"):
         pattern = Pattern("s2", 16)
     config = tiny_config(
-        num_attention_heads=8, num_key_value_heads=kv_heads, hidden_size=32, attention_bias=True, mlp_bias=True
+        vocab_size=38,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        hidden_size=32,
+        attention_bias=True,
+        mlp_bias=True,
     )
     alone = Llama(config, LORA, pattern, remat="block")
     params = random_params(alone)

@@ -20,7 +20,7 @@ import yaml
 from test_train_script import environment as script_environment  # noqa: F401
 from test_train_script import home, lora_plus, read_metrics, write_config  # noqa: F401
 
-from longlora_jax import data, distributed
+from longlora_jax import data, distributed, roll_call
 from longlora_jax.config import AttentionConfig, MeshConfig
 from longlora_jax.errors import UserError
 from longlora_jax.sharding import batch_sharding, local_rows, make_mesh, place_batch
@@ -191,7 +191,7 @@ def test_the_roll_call(processes, fault):
 
     def come(process: int, count: int) -> str | None:
         try:
-            distributed._roll_call(address, count, process, seconds=1)
+            roll_call.roll_call(address, count, process, seconds=1)
         except UserError as error:
             return str(error)
         return None

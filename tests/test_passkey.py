@@ -89,7 +89,9 @@ def test_prompts_have_the_length_and_the_words(chat_folder, haystack, template):
             after = after.split("\nWhat is the pass key?")[0]
             share = len(before) / (len(before) + len(after))
             # A natural text is parted between sentences, 120 characters at most.
-            assert abs(share - depth) <= (0.002 if haystack is None else 60 / (len(before) + len(after)) + 0.01)
+            assert abs(share - depth) <= (
+                0.5 / len(before + after) + 1e-9 if haystack is None else 60 / (len(before) + len(after)) + 0.01
+            )
             if haystack is None:
                 filling = passkey.GARBAGE * 100
                 assert filling.startswith(before) and filling.startswith(after)
@@ -106,7 +108,7 @@ def test_most_prompts_have_exactly_the_length():
 
 
 def test_grid_of_a_reader_that_sees_all_and_of_one_that_sees_the_end(run, tmp_path, capsys):
-    """Catches: depth counted from the wrong end, a result under another length, an answer judged by its first digits."""
+    """Catches: depth counted from the wrong end, a result under another length."""
     flags = ("--lengths", "300,600", "--depths", "0,0.5,1", "--trials", "2")
     everything = run(reads_last(10_000), *flags, "--plot", str(tmp_path / "out.png"))
     assert [(r["length"], r["depth"]) for r in everything["results"]] == [
@@ -172,6 +174,14 @@ def test_chat_template_is_used_where_there_is_one(run, chat_folder, tmp_path):
     assert "<user>" in tokenizer.decode(asked[0]) and "<user>" not in tokenizer.decode(asked[-1])
 
 
+def test_answers_are_judged_by_their_first_number():
+    """Catches: the first digits of a key taken for it, a key that comes after a wrong one."""
+    right = [" 12345. Remember it", "12345", "the number 12345."]
+    assert [passkey.judge(answer, "12345") for answer in right] == [1, 1, 1]
+    wrong = ["", " 123", "123456", "1 2345", "54321, no, 12345", "one"]
+    assert [passkey.judge(answer, "12345") for answer in wrong] == [0] * 6
+
+
 @pytest.mark.parametrize(
     ("correct", "trials", "low", "high"),
     # R's prop.test(correct, trials, correct = FALSE)$conf.int
@@ -186,14 +196,17 @@ def test_sentences_are_not_cut():
     """Catches: a fact in the middle of a sentence; an end that is not an end."""
     text = 'One is here. "Two is there!" Three? Four'
     assert split_at_sentence(text, 0.3) == ("One is here. ", '"Two is there!" Three? Four')
-    assert split_at_sentence(text, 0.0) == ("", text) and split_at_sentence(text, 1.0) == (text, "")
+    assert split_at_sentence(text, 0.0) == ("", text)
+    assert split_at_sentence(text, 1.0) == ('One is here. "Two is there!" Three? ', "Four")
+    assert split_at_sentence("One. Two.", 1.0) == ("One. Two.", "")
+    assert split_at_sentence("no end", 0.8) == ("no end", "")
 
 
 def test_fit_finds_the_longest():
     """Catches: an off-by-one at either end of the search; a text that is too short taken as long enough."""
-    sizes = [5, 5, 7, 6, 9, 8, 12, 14, 14, 15, 20]
+    sizes = [5, 5, 7, 6, 8, 8, 12, 9, 14, 15, 20]
     render = lambda n: np.zeros(sizes[n], np.int32)  # noqa: E731
-    assert [len(fit(render, length, 10)) for length in (5, 6, 9, 10, 13, 14, 20)] == [5, 6, 9, 9, 12, 14, 20]
+    assert [len(fit(render, length, 10)) for length in (5, 6, 9, 11, 14, 20)] == [5, 6, 9, 9, 14, 20]
     with pytest.raises(errors.UserError, match="length 4 is too short: the task by itself takes 5"):
         fit(render, 4, 10)
     with pytest.raises(errors.UserError, match="more than the text gives: with all of it the prompt has 20 tokens"):

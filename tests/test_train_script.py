@@ -325,7 +325,7 @@ class FakeStep:
         assert state.model.pattern == self.compiled[-1]
         self.patterns.append(state.model.pattern)
         self.batches.append(jax.device_get(batch))
-        return state.replace(step=state.step + 1), {"loss": 1.0, "grad_norm": 0.5}
+        return state.replace(step=state.step + 1), {"loss": 1.0, "grad_norm": 0.5, "skipped": 0, "in_a_row": 0}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from longlora_jax.session import GREEDY, Sampling, Session
 
 LEAST_ROOM = 64  # tokens that a document must leave for a question and its answer
 STEP = 2048  # tokens; a cache is a multiple of them, and has room for at least so many more than it was made for
+ROLES = ("user", "assistant")
 PROBES = ("Who?", "1", "\u00e9")  # questions that share no first token
 
 Message = dict[str, str]
@@ -71,20 +73,20 @@ class Reader:
         if len(self._marked) < kept or len(done) == len(ids) or not _begins(ids, done):
             self._session.rewind()
             done = self._marked
-        self._read, new = list(done), len(ids) - len(done)
+        self._read, new, told = list(done), len(ids) - len(done), 0
 
-        def told(tokens: int):
+        def tell(tokens: int):
+            nonlocal told
+            told += tokens
             self._session.wait()
-            told.sum += tokens
-            progress(told.sum, new)
+            progress(told, new)
 
-        told.sum = 0
         try:
             if len(self._marked) < kept:
-                self._go_on(ids[len(self._read) : kept], told)
+                self._go_on(ids[len(self._read) : kept], tell)
                 self._session.mark()
                 self._marked = list(self._read)
-            self._go_on(ids[len(self._read) :], told)
+            self._go_on(ids[len(self._read) :], tell)
         except Stopped:
             self._session.rewind()
             self._read = list(self._marked)
@@ -109,8 +111,8 @@ class Reader:
     def _drop(self) -> None:
         self._session, self._capacity, self._read, self._marked = None, 0, [], []
 
-    def _go_on(self, ids: np.ndarray, told: Callable[[int], Any]) -> None:
-        self._session.read([ids], told)
+    def _go_on(self, ids: np.ndarray, tell: Callable[[int], Any]) -> None:
+        self._session.read([ids], tell)
         self._read += ids.tolist()
 
 
@@ -140,10 +142,8 @@ class Conversation:
 
     def __init__(self, reader: Reader):
         self.reader = reader
-        self.document: Document | None = None
-        self.document_tokens = 0
-        self.turns: list[Turn] = []
         self._stop = threading.Event()
+        self.load(None)
 
     @property
     def tokens(self) -> int:
@@ -154,38 +154,37 @@ class Conversation:
     def load(self, document: Document | None) -> None:
         """Takes a document, or none any more, and begins anew.
 
-        Raises UserError, and keeps nothing, if it does not leave room for a question in the model's window.
+        Raises UserError, and takes none, if it does not leave room for a question in the model's window.
         """
         self.clear()
-        self.document, self.document_tokens = None, 0
+        self._stop = threading.Event()
+        self.document: Document | None = None
+        self.document_tokens, self._shared = 0, self._shared_tokens(None)
         if document is None:
             return
-        tokens, window = self._kept(document), self.reader.window
+        tokens, window = self._shared_tokens(document), self.reader.window
         if tokens + LEAST_ROOM > window:
-            share = max(0, 100 * (window - LEAST_ROOM) // tokens)
+            share = 100 * max(0, window - LEAST_ROOM) // tokens
             raise UserError(
-                f"{document.name} takes {tokens:,} tokens, the model's window is {window:,}, {LEAST_ROOM} of them for "
-                f"a question and its answer: cut the document to about {share}% of its length, or extend the model "
-                "further (train.py)"
+                f"{document.name} takes {tokens:,} tokens, and a question needs {LEAST_ROOM} more, but the model's "
+                f"window is {window:,}: cut the document to about {share}% of its length, or train the model further "
+                "to a longer window"
             )
-        self.document, self.document_tokens = document, tokens
+        self.document, self.document_tokens, self._shared = document, tokens, tokens
 
     def read_ahead(self, progress: Progress = lambda done, total: None) -> None:
-        """Has the model read the document before the first question comes. stop() ends it: answer() reads then."""
-        self._stop.clear()
-        if self.document is None:
-            return
-        ids = self.reader.encode(self._messages(PROBES[0]))[: self.document_tokens]
-        try:
-            self.reader.read(ids, len(ids), LEAST_ROOM, self._unless_stopped(progress))
-        except Stopped:
-            pass
+        """Has the model read the document before the first question. stop() ends this: answer() reads the rest."""
+        stop = self._stop
+        ids = self.reader.encode(_messages(self.document, [], PROBES[0]))[: self._shared]
+        with suppress(Stopped):
+            self.reader.read(ids, len(ids), LEAST_ROOM, _until(stop, progress))
 
     def ask(self, question: str) -> None:
         """Puts a question, which answer() answers. Raises UserError if it is blank."""
         if not question.strip():
             raise UserError("the question is empty: type one")
-        self._stop.clear()
+        if self._stop.is_set():
+            self._stop = threading.Event()  # what was stopped may not have noticed yet
         self.turns.append(Turn(question.strip()))
 
     def answer(
@@ -195,48 +194,50 @@ class Conversation:
         seed: int = 0,
         progress: Progress = lambda done, total: None,
     ) -> Iterator[Turn]:
-        """Answers the last question: yields its turn again and again as the answer grows, and once it has ended.
+        """Answers the last question: yields its turn when it is read, at each token, and when it has ended.
 
         Raises UserError, and takes the question back, if the window has no room for it or sampling is out of range.
         """
-        turn, reader = self.turns[-1], self.reader
+        turn, reader, stop = self.turns[-1], self.reader, self._stop
         try:
             sampling.validate()
-            ids = reader.encode(self._messages(turn.question))
+            ids = reader.encode(_messages(self.document, self.turns[:-1], turn.question))
             if (limit := min(max_new_tokens, reader.window - len(ids))) < 1:
                 raise UserError(
-                    f"the conversation and this question are {len(ids):,} tokens, the model's window is "
+                    f"the conversation with this question is {len(ids):,} tokens, but the model's window is "
                     f"{reader.window:,}: ask less, begin a new conversation, or take a shorter document"
                 )
         except UserError:
             self.turns.pop()
             raise
-        started, turn.prompt_tokens = time.perf_counter(), len(ids)
+        turn.prompt_tokens, started = len(ids), time.perf_counter()
         try:
-            turn.read_tokens = reader.read(ids, self._kept(self.document), limit, self._unless_stopped(progress))
+            turn.read_tokens = reader.read(ids, self._shared, limit, _until(stop, progress))
         except Stopped:
             turn.ended = "stopped"
         turn.read_seconds = time.perf_counter() - started
         yield turn
-        if turn.ended:
-            return
-        text, started = TextStream(reader.tokenizer), time.perf_counter()
-        for token in reader.stream(limit, sampling, seed):
+        if not turn.ended:
+            yield from self._write(turn, reader.stream(limit, sampling, seed), stop)
+            turn.ended = turn.ended or ("length" if limit == max_new_tokens else "window")
+            yield turn
+
+    def _write(self, turn: Turn, tokens: Iterator[int], stop: threading.Event) -> Iterator[Turn]:
+        text, started = TextStream(self.reader.tokenizer), time.perf_counter()
+        for token in tokens:
             turn.new_tokens += 1
             turn.seconds = time.perf_counter() - started
-            if token in reader.ends:
+            if token in self.reader.ends:
                 turn.ended = "eos"
-            else:
-                text.push(token)
-            turn.ended = turn.ended or ("stopped" if self._stop.is_set() else "")
-            turn.answer = text.text
-            if turn.ended:
                 break
+            text.push(token)
+            turn.answer = text.text
             yield turn
+            if stop.is_set():
+                turn.ended = "stopped"
+                break
         text.finish()
         turn.answer = text.text
-        turn.ended = turn.ended or ("length" if limit == max_new_tokens else "window")
-        yield turn
 
     def stop(self) -> None:
         """Ends the answer, or the reading, that is under way; for another thread."""
@@ -245,34 +246,31 @@ class Conversation:
     def clear(self) -> None:
         """Begins anew with the same document, which is not read again."""
         self.stop()
-        self.turns = []
+        self.turns: list[Turn] = []
 
-    def _messages(self, question: str, document: Document | None = None) -> list[Message]:
-        """All that was said, and a question; the document stands before the first one."""
-        messages = []
-        for turn in self.turns:
-            if turn.answer and turn.question is not question:
-                messages += [
-                    {"role": "user", "content": turn.question},
-                    {"role": "assistant", "content": turn.answer},
-                ]
-        messages.append({"role": "user", "content": question})
-        if document := document or self.document:
-            messages[0]["content"] = f"{document.text}\n\n{messages[0]['content']}"
-        return messages
+    def _shared_tokens(self, document: Document | None) -> int:
+        """How many first tokens all conversations about a document share."""
+        return common_prefix([self.reader.encode(_messages(document, [], probe)) for probe in PROBES])
 
-    def _kept(self, document: Document | None) -> int:
-        """How many first tokens every conversation about a document shares."""
-        ...
 
-    def _unless_stopped(self, progress: Progress) -> Progress:
-        def told(done: int, total: int):
-            progress(done, total)
-            if self._stop.is_set():
-                raise Stopped
-
-        return told
+def _messages(document: Document | None, turns: Sequence[Turn], question: str) -> list[Message]:
+    """What was asked and answered, and a question; the document stands before all of it."""
+    said = [(turn.question, turn.answer) for turn in turns if turn.answer]
+    messages = [{"role": role, "content": text} for turn in said for role, text in zip(ROLES, turn, strict=True)]
+    messages.append({"role": "user", "content": question})
+    if document:
+        messages[0]["content"] = f"{document.text}\n\n{messages[0]['content']}"
+    return messages
 
 
 def _begins(ids: np.ndarray, head: list[int]) -> bool:
     return len(head) <= len(ids) and np.array_equal(ids[: len(head)], head)
+
+
+def _until(stop: threading.Event, progress: Progress) -> Progress:
+    def told(done: int, total: int):
+        progress(done, total)
+        if stop.is_set():
+            raise Stopped
+
+    return told

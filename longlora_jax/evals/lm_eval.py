@@ -49,7 +49,8 @@ class LongLoraLM(TemplateLM):
     """A model of this package behind lm-eval's interface.
 
     model: Hugging Face folder, converted checkpoint or workdir; max_length: tokens that it sees at once (None: its
-    window), what is before them is left out; batch_size: rows of a forward pass. Raises UserError.
+    window), what is before them is left out; batch_size: rows of a forward pass. Weights are read when first needed.
+    Raises UserError.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class LongLoraLM(TemplateLM):
         self._tokenizer = load_tokenizer(self._folder)
         self._rows = 8 if batch_size in (None, "auto") else int(batch_size)
         self.max_length = int(max_length or self._opened.config.max_position_embeddings)
-        self._llama, self._params = load_for_generation(self._opened, dtype)
+        self._dtype = dtype
         scaling = self._opened.config.rope_scaling
         self._by_length = scaling is not None and scaling.rope_type in ("dynamic", "longrope")
 
@@ -84,6 +85,10 @@ class LongLoraLM(TemplateLM):
     def tokenizer_name(self) -> str:
         """The folder of the tokenizer, by which lm-eval tells its caches apart."""
         return self._folder.replace("/", "__")
+
+    @functools.cached_property
+    def _model(self):
+        return load_for_generation(self._opened, self._dtype)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """The ids of a text; with BOS where the tokenizer adds one, unless it is there or is not wanted."""
@@ -137,8 +142,7 @@ class LongLoraLM(TemplateLM):
             return self._tokenizer.decode(tokens, skip_special_tokens=True)
 
         found = generate(
-            self._llama,
-            self._params,
+            *self._model,
             prompts,
             max_new_tokens=limit,
             temperature=float(how.get("temperature") or 0.0),
@@ -167,7 +171,7 @@ class LongLoraLM(TemplateLM):
                     tokens = np.zeros((self._rows, size + 1), np.int32)
                     for row, i in zip(tokens, batch, strict=False):
                         row[: len(rows[i][0])] = rows[i][0]
-                    values, likeliest = map(np.asarray, _score(self._llama, self._params, tokens))
+                    values, likeliest = map(np.asarray, _score(*self._model, tokens))
                     for value, best, i in zip(values, likeliest, batch, strict=False):
                         here = slice(len(rows[i][0]) - 1 - rows[i][1], len(rows[i][0]) - 1)
                         found[i] = float(value[here].sum(dtype=np.float64)), bool(best[here].all())
@@ -234,11 +238,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     start_logging()
     check_outputs(args.json, None)
+    model = LongLoraLM(args.model, dtype=args.dtype, batch_size=args.batch_size, max_length=args.max_length)
     manager = TaskManager(include_path=args.include_path)
     names = args.tasks.split(",")
     if unknown := [name for name in names if not name.endswith(".yaml") and name not in manager.all_tasks]:
         raise UserError(f"lm_eval has no task {', '.join(unknown)}: see python -m lm_eval --tasks list")
-    model = LongLoraLM(args.model, dtype=args.dtype, batch_size=args.batch_size, max_length=args.max_length)
     found = lm_eval.simple_evaluate(
         model,
         tasks=names,

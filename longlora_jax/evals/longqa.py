@@ -5,6 +5,7 @@ right. The model reads the context, a blank line and the question. Rows that do 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,8 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with progress_bar(len(asked), label="longqa", unit="question", start=len(asked) - len(missing)) as bar:
         for batch in (missing[i : i + size] for i in range(0, len(missing), size)):
             answers = reader.answer([prompts[row] for row in batch], args.max_new_tokens, stop)
-            for row, answer in zip(batch, answers, strict=True):
-                results.add({"row": row, "tokens": len(prompts[row])} | _judged(rows[row], answer.strip()))
+            for row, answer in zip(batch, map(str.strip, answers), strict=True):
+                answer = answer if reader.chat else answer.split("\n")[0]  # a token may go on behind the line's end
+                results.add({"row": row, "tokens": len(prompts[row])} | _judged(rows[row], answer))
                 bar.update()
     _report(results, skipped, most, args)
 
@@ -151,7 +153,7 @@ def _report(results: Results, skipped: int, most: int, args) -> None:
             args.plot,
             columns=counts,
             rows=["exact match", "F1"],
-            title=f"{args.model}: questions about long texts",
+            title=f"{Path(args.model).resolve().name}: questions about long texts",
             x_label="tokens of the prompt, up to (questions)",
             y_label="",
         )

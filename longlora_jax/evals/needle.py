@@ -36,9 +36,9 @@ def prompt(reader: Reader, haystack: str, length: int, depth: float, fact: str, 
 
 
 def judge(answer: str, expected: str) -> float:
-    """The share of the expected words that are in the answer, whatever their order."""
+    """The share of the expected words that are in the answer's first line, whatever their order."""
     wanted = set(words(expected))
-    return len(wanted & set(words(answer))) / len(wanted)
+    return len(wanted & set(words(answer.strip().partition("\n")[0]))) / len(wanted)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     haystack = read_haystack(args.haystack)
 
     def ask(reader: Reader, length: int, depth: float, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-        name, thing, place = (str(rng.choice(words)) for words in (NAMES, THINGS, PLACES))
+        name, thing, place = (str(rng.choice(some)) for some in (NAMES, THINGS, PLACES))
         fact, question = f"{name} keeps the {thing} {place}.", f"Where does {name} keep the {thing}?"
         return prompt(reader, haystack, length, depth, fact, question), place
 

@@ -91,7 +91,7 @@ def plot_grid(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_facecolor("#eeeeee")
-    # From orange to blue by way of a light grey: lightness alone tells neither end from the middle in print.
+    # The ends differ for colour-blind readers too, and half right is light.
     colours = LinearSegmentedColormap.from_list("wrong to right", [HIGHLIGHT, "#f2e9dc", COLOURS[0]])
     image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
@@ -99,7 +99,10 @@ def plot_grid(
         axes.text(j, i, texts[i][j], ha="center", va="center", color="white" if dark else "black", fontsize=10)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0)
+    axes.set_xticks(np.arange(1, len(columns)) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, len(rows)) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     if after is not None and 0 < after < len(columns):
         axes.axvline(after - 0.5, color="#333333", linewidth=1.4, linestyle=(0, (4, 3)))

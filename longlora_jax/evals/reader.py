@@ -18,7 +18,9 @@ from longlora_jax.generate import eos_ids, generate, load_for_generation
 
 TEMPLATES = ("auto", "plain", "chat")
 TOKENS_AT_ONCE = 8192  # rows of prompts that are read together times their length, unless batch_size says otherwise
-NEARBY = 48  # cuts tried around the longest one that fits: one character more may be a token more, none, or one less
+# One character more may be a token more, none, or one less: cuts are tried beyond the first that is too long, so many
+# or until they are too long by so many tokens.
+NEARBY, FAR = 48, 8
 _MESSAGE = "WHAT-THE-USER-SAYS"
 
 
@@ -114,8 +116,8 @@ def fit(render: Callable[[int], np.ndarray], length: int, most: int) -> np.ndarr
             "give a longer text or a shorter length"
         )
     for n in range(low + 1, min(low + NEARBY, most) + 1):
-        if len(best) == length:
+        if len(best) == length or len(ids := render(n)) > length + FAR:
             break
-        if len(best) < len(ids := render(n)) <= length:
+        if len(best) < len(ids) <= length:
             best = ids
     return best

@@ -54,11 +54,12 @@ def wilson(correct: int, trials: int) -> tuple[float, float]:
 
 
 def split_at_sentence(text: str, depth: float) -> tuple[str, str]:
-    """(before, after) of a text, parted where a sentence ends nearest to this depth; 0 and 1 are its very ends."""
-    place = round(depth * len(text))
-    if 0 < place < len(text):
-        ends = [0, *(m.end() for m in re.finditer(r"[.!?][\"'”’)]*\s+", text)), len(text)]
-        place = min(ends, key=lambda end: abs(end - place))
+    """(before, after) of a text, parted at the end of a sentence that is nearest to this depth, or at its beginning.
+
+    A text without any end is parted at its own ends. At depth 1 a last sentence that is cut comes after the place.
+    """
+    ends = [m.end() for m in re.finditer(r"[.!?][\"'”’)]*(?:\s+|$)", text)] or [len(text)]
+    place = min([0, *ends], key=lambda end: abs(end - depth * len(text)))
     return text[:place], text[place:]
 
 
