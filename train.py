@@ -95,41 +95,40 @@ def train(config: Config, workdir: str, watch: Watch) -> bool:
     batch = place(next(data)) if start < config.steps else None
     began, tokens, logged, done, last = time.perf_counter(), 0, start, start, start == config.steps
     watch.begin(start)
-    for step in range(start, config.steps):
-        if step >= full_from and state.model.pattern != FULL:
-            log.info("step %d: from here to the end under full attention (attention.full_last)", step)
-            state = state.replace(model=state.model.clone(pattern=FULL))
-            step_fn = compile_train_step(state, frozen, shape, segmented=data.segmented)
-        state, values = step_fn(state, frozen, batch)
-        tokens += config.batch_size * config.seq_len
-        done = step + 1
-        last = done == config.steps
-        batch = None if last else place(next(data))  # while the step runs
-        eval_due = evaluate is not None and (done % config.eval.every == 0 or last)
-        if done % config.log_every == 0 or eval_due or last:
-            loss = float(values["loss"])  # waits for the step
-            seconds = time.perf_counter() - began
-            line = {
-                "train/loss": loss,
-                "train/grad_norm": float(values["grad_norm"]),
-                "train/learning_rate": float(schedule(step)),
-                "perf/tokens_per_second": tokens / seconds,
-                "perf/step_seconds": seconds / (done - logged),
-            }
-            line |= metrics.peak_memory() | health.look(done, values)
-            writer.write(done, line | (evaluate(state, frozen) if eval_due else {}))
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            health.check(done, values, data, workdir)
-            began, tokens, logged = time.perf_counter(), 0, done
-        bar.update()
-        ends = watch.due(done)
-        if done % config.save_every == 0 or last or ends:
-            checkpoints.save(state, data.get_state(done))
-        if ends:
-            break
-    bar.close()
+    with checkpoints, bar:  # whatever ends the steps, the save under way is finished first
+        for step in range(start, config.steps):
+            if step >= full_from and state.model.pattern != FULL:
+                log.info("step %d: from here to the end under full attention (attention.full_last)", step)
+                state = state.replace(model=state.model.clone(pattern=FULL))
+                step_fn = compile_train_step(state, frozen, shape, segmented=data.segmented)
+            state, values = step_fn(state, frozen, batch)
+            tokens += config.batch_size * config.seq_len
+            done = step + 1
+            last = done == config.steps
+            batch = None if last else place(next(data))  # while the step runs
+            eval_due = evaluate is not None and (done % config.eval.every == 0 or last)
+            if done % config.log_every == 0 or eval_due or last:
+                loss = float(values["loss"])  # waits for the step
+                seconds = time.perf_counter() - began
+                line = {
+                    "train/loss": loss,
+                    "train/grad_norm": float(values["grad_norm"]),
+                    "train/learning_rate": float(schedule(step)),
+                    "perf/tokens_per_second": tokens / seconds,
+                    "perf/step_seconds": seconds / (done - logged),
+                }
+                line |= metrics.peak_memory() | health.look(done, values)
+                writer.write(done, line | (evaluate(state, frozen) if eval_due else {}))
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                health.check(done, values, data, workdir)
+                began, tokens, logged = time.perf_counter(), 0, done
+            bar.update()
+            ends = watch.due(done)
+            if done % config.save_every == 0 or last or ends:
+                checkpoints.save(state, data.get_state(done))
+            if ends:
+                break
     data.close()
-    checkpoints.close()
     writer.close()
     log.info("%s: %d steps in %s", "done" if last else "ended early, to be started again", done, workdir)
     return last

@@ -22,7 +22,7 @@ def get_config() -> Config:
         batch_size=8,
         accumulation=8,
         rope=RopeConfig(type="yarn"),
-        attention=AttentionConfig(full_last=0.1),
+        attention=AttentionConfig(full_below=1024, full_last=0.1),
         data=DataConfig(source="jsonl", path="questions.jsonl", task="sft", prompt="chat", packing="best_fit"),
         optim=OptimConfig(learning_rate=3e-4, schedule="cosine", end_ratio=0.1),
     )

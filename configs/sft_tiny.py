@@ -6,7 +6,7 @@ Hardware:  2 CPU cores, 2 GB of memory.
 Expected:  it learns to answer in the form of the answers given; it knows Python's standard library and nothing else.
 """
 
-from longlora_jax.config import Config, DataConfig, MeshConfig, OptimConfig, RopeConfig
+from longlora_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, OptimConfig, RopeConfig
 
 
 def get_config() -> Config:
@@ -17,6 +17,7 @@ def get_config() -> Config:
         steps=100,
         batch_size=4,
         rope=RopeConfig(type="yarn"),
+        attention=AttentionConfig(full_below=256),
         data=DataConfig(source="jsonl", path="questions.jsonl", task="sft", prompt="alpaca", packing="best_fit"),
         optim=OptimConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=10, end_ratio=0.1),
         mesh=MeshConfig(fsdp=1),

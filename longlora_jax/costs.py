@@ -53,8 +53,8 @@ def estimate(config: Config, mesh) -> dict[str, int]:
     What is held between steps is exact. block_inputs are what the backward pass keeps of every layer; working_set, what
     one block needs at its worst, in bytes a token; gathered, the weights of two layers, lm_head and the gradient of the
     embedding. The constants 8, 11 and 8 are fitted to the compiler's counts in benchmarks/tpu_plans.json, which this
-    meets within a tenth; of remat `none` and `attention` one count each was taken, 7B on v5e:2x4 at 8,192 and 32,768
-    tokens: they meet it within 5%. How chunks share the working set was taken from one count too. float32 takes twice the activations of bfloat16.
+    meets within a tenth; of remat `none` and `attention`, and of chunks, one count each was taken, which it meets
+    within 5%. float32 takes twice the activations of bfloat16.
     """
     c = config.model
     assert c is not None

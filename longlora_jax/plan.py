@@ -216,9 +216,9 @@ def table(found: dict[str, Any]) -> str:
     """The plan as lines to read."""
     fits = "fits" if found["fits"] else "DOES NOT FIT"
     total, limit = found["hbm_bytes_per_device"] / GIB, found["hbm_limit_bytes"] / GIB
-    flops = found["forward_flops"]
+    flops, how = found["forward_flops"], f"remat {found['remat']}, chunks {found['chunks']}"
     lines = [
-        f"run         {found['seq_len']:,} tokens, {found['attention']}, remat {found['remat']}, chunks {found['chunks']}",
+        f"run         {found['seq_len']:,} tokens, {found['attention']}, {how}",
         f"devices     {found['devices']} of {found['topology']}, mesh {found['mesh']}",
         f"attention   over context: {found['exchange']}",
         f"parameters  {found['parameters']:,}, of which {found['trainable_parameters']:,} train",

@@ -1,6 +1,6 @@
 """Shapes of the paper's models and its training recipe; the files in configs/ say only what differs."""
 
-from longlora_jax.config import Config, DataConfig, ModelConfig, OptimConfig
+from longlora_jax.config import AttentionConfig, Config, DataConfig, ModelConfig, OptimConfig
 
 
 def _llama2(**sizes) -> ModelConfig:
@@ -92,7 +92,7 @@ def long_alpaca(model: ModelConfig, *, init_from: str, seq_len: int, steps: int)
     """The supervised fine-tuning of the original's README: LongAlpaca-12k on a chat model, LongLoRA's Llama-2 prompt.
 
     8 rows an update, 2e-5 constant after 20 warm-up steps, LoRA r=8 + embedding + norms. There a row is one example,
-    here as many as fit; the loss is on answers alone in both.
+    here as many as fit, short ones under full attention; the loss is on answers alone in both.
     """
     return Config(
         init_from=init_from,
@@ -100,6 +100,7 @@ def long_alpaca(model: ModelConfig, *, init_from: str, seq_len: int, steps: int)
         seq_len=seq_len,
         steps=steps,
         batch_size=8,
+        attention=AttentionConfig(full_below=seq_len // 16),
         data=DataConfig(source="hf", path="Yukang/LongAlpaca-12k", task="sft", prompt="alpaca", packing="best_fit"),
         optim=OptimConfig(learning_rate=2e-5),
     )

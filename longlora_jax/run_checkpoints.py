@@ -78,11 +78,18 @@ class RunCheckpoints:
             restored = self._manager.restore(step, args=args)
             return state.replace(**restored["state"]), restored["data"]
 
-    def close(self) -> None:
-        """Waits for the save under way; raises UserError if it fails."""
-        with self._written():
-            self._manager.wait_until_finished()
-            self._manager.close()
+    def __enter__(self) -> "RunCheckpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Waits for the save under way. Raises UserError if it fails, unless there is an error already."""
+        if error is None:
+            with self._written():
+                self._manager.wait_until_finished()
+                self._manager.close()
+        elif jax.process_count() == 1:  # where another process has failed, the save may wait for it in vain
+            with contextlib.suppress(OSError, ValueError):
+                self._manager.wait_until_finished()
 
     def _seal(self) -> None:
         for unfinished in self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):

@@ -3,8 +3,10 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,7 @@ class Reader:
         self._has_template = has_chat_template(self._folder)
         self._model, self._params = load_for_generation(opened, dtype)
         self._chunk, self._capacity = chunk, 0
+        self._lock = threading.Lock()  # a page that was closed may still be reading when the next one begins
         self._session: Any = None
         self._read: list[int] = []  # all that the session has read, and what it drew last
         self._marked: list[int] = []  # what it can be rewound to
@@ -61,40 +64,43 @@ class Reader:
             raise UserError(f"token {ids.max()} is outside the model's vocabulary of {self._vocab_size}")
         return ids
 
-    def read(self, ids: np.ndarray, kept: int, room: int, progress: Progress) -> int:
-        """Has the model read ids [tokens], and leaves room for so many more; returns how many were new to it.
+    def read(self, ids: np.ndarray, kept: int, room: int, progress: Progress) -> None:
+        """Has the model read ids [tokens], but for what it has read already, and leaves room for so many more.
 
-        The first `kept` ids can be come back to later. progress is told tokens read and to read, after each chunk; what
-        it raises ends the reading.
+        The first `kept` ids can be come back to later. progress is told tokens read and to read, after each chunk; if
+        it raises Stopped, this does.
         """
+        with self._lock:
+            try:
+                self._read_on(ids, kept, room, progress)
+            except Stopped:
+                self._rewind()
+                raise
+            except BaseException:  # out of memory, for one: nobody knows what the cache holds
+                self._drop()
+                raise
+
+    def _read_on(self, ids: np.ndarray, kept: int, room: int, progress: Progress) -> None:
         if len(ids) + room > self._capacity or not _begins(ids[:kept], self._marked):
             self._start(len(ids) + room)
-        done = self._read[: self._session.lengths[0]]
-        if len(self._marked) < kept or len(done) == len(ids) or not _begins(ids, done):
-            self._session.rewind()
-            done = self._marked
-        self._read, new, told = list(done), len(ids) - len(done), 0
+        del self._read[self._session.lengths[0] :]
+        if len(self._marked) < kept or len(self._read) == len(ids) or not _begins(ids, self._read):
+            self._rewind()
+        known = len(self._read)
+        done = known
 
         def tell(tokens: int):
-            nonlocal told
-            told += tokens
+            nonlocal done
+            done += tokens
             self._session.wait()
-            progress(told, new)
+            progress(done - known, len(ids) - known)
 
-        try:
-            if len(self._marked) < kept:
-                self._go_on(ids[len(self._read) : kept], tell)
+        for part in (slice(known, kept), slice(max(known, kept), None)):
+            self._session.read([ids[part]], tell)
+            self._read += ids[part].tolist()
+            if len(self._read) == kept:
                 self._session.mark()
                 self._marked = list(self._read)
-            self._go_on(ids[len(self._read) :], tell)
-        except Stopped:
-            self._session.rewind()
-            self._read = list(self._marked)
-            raise
-        except BaseException:  # out of memory, for one: nobody knows what the cache holds
-            self._drop()
-            raise
-        return new
 
     def stream(self, limit: int, sampling: Sampling, seed: int) -> Iterator[int]:
         """Draws up to `limit` tokens after what was read, and yields them as they come."""
@@ -111,9 +117,9 @@ class Reader:
     def _drop(self) -> None:
         self._session, self._capacity, self._read, self._marked = None, 0, [], []
 
-    def _go_on(self, ids: np.ndarray, tell: Callable[[int], Any]) -> None:
-        self._session.read([ids], tell)
-        self._read += ids.tolist()
+    def _rewind(self) -> None:
+        self._session.rewind()
+        self._read = list(self._marked)
 
 
 @dataclass
@@ -121,13 +127,15 @@ class Turn:
     """A question and its answer so far.
 
     ended: how, "" as long as it goes on: "eos" by the model, "stopped" by the user, "length" after as many tokens as
-    were asked for, "window" where there was no more room. read_tokens of the prompt_tokens were not known already.
+    were asked for, "window" where there was no more room. Of prompt_tokens, known_tokens had been read before, and
+    read_tokens have been read since.
     """
 
     question: str
     answer: str = ""
     ended: str = ""
     prompt_tokens: int = 0
+    known_tokens: int = 0
     read_tokens: int = 0
     new_tokens: int = 0
     read_seconds: float = 0.0
@@ -172,12 +180,15 @@ class Conversation:
             )
         self.document, self.document_tokens, self._shared = document, tokens, tokens
 
-    def read_ahead(self, progress: Progress = lambda done, total: None) -> None:
-        """Has the model read the document before the first question. stop() ends this: answer() reads the rest."""
+    def read_ahead(self) -> Iterator[tuple[int, int]]:
+        """Has the model read the document before the first question; yields tokens read and to read.
+
+        stop() ends this, and answer() then reads the rest.
+        """
         stop = self._stop
         ids = self.reader.encode(_messages(self.document, [], PROBES[0]))[: self._shared]
         with suppress(Stopped):
-            self.reader.read(ids, len(ids), LEAST_ROOM, _until(stop, progress))
+            yield from _watched(lambda tell: self.reader.read(ids, len(ids), LEAST_ROOM, _until(stop, tell)))
 
     def ask(self, question: str) -> None:
         """Puts a question, which answer() answers. Raises UserError if it is blank."""
@@ -187,14 +198,8 @@ class Conversation:
             self._stop = threading.Event()  # what was stopped may not have noticed yet
         self.turns.append(Turn(question.strip()))
 
-    def answer(
-        self,
-        max_new_tokens: int = 256,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-        progress: Progress = lambda done, total: None,
-    ) -> Iterator[Turn]:
-        """Answers the last question: yields its turn when it is read, at each token, and when it has ended.
+    def answer(self, max_new_tokens: int = 256, sampling: Sampling = GREEDY, seed: int = 0) -> Iterator[Turn]:
+        """Answers the last question: yields its turn as the prompt is read, at each token, and when it has ended.
 
         Raises UserError, and takes the question back, if the window has no room for it or sampling is out of range.
         """
@@ -212,15 +217,16 @@ class Conversation:
             raise
         turn.prompt_tokens, started = len(ids), time.perf_counter()
         try:
-            turn.read_tokens = reader.read(ids, self._shared, limit, _until(stop, progress))
+            for done, total in _watched(lambda tell: reader.read(ids, self._shared, limit, _until(stop, tell))):
+                turn.read_tokens, turn.known_tokens = done, len(ids) - total
+                turn.read_seconds = time.perf_counter() - started
+                yield turn
         except Stopped:
             turn.ended = "stopped"
-        turn.read_seconds = time.perf_counter() - started
-        yield turn
-        if not turn.ended:
+        else:
             yield from self._write(turn, reader.stream(limit, sampling, seed), stop)
             turn.ended = turn.ended or ("length" if limit == max_new_tokens else "window")
-            yield turn
+        yield turn
 
     def _write(self, turn: Turn, tokens: Iterator[int], stop: threading.Event) -> Iterator[Turn]:
         text, started = TextStream(self.reader.tokenizer), time.perf_counter()
@@ -265,6 +271,17 @@ def _messages(document: Document | None, turns: Sequence[Turn], question: str) -
 
 def _begins(ids: np.ndarray, head: list[int]) -> bool:
     return len(head) <= len(ids) and np.array_equal(ids[: len(head)], head)
+
+
+def _watched(work: Callable[[Progress], Any]) -> Iterator[tuple[int, int]]:
+    """Does work in a thread, and yields what it tells of its progress; raises what it raises."""
+    told: SimpleQueue[tuple[int, int] | None] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(work, lambda *now: told.put(now))
+        job.add_done_callback(lambda _: told.put(None))
+        while (now := told.get()) is not None:
+            yield now
+        job.result()
 
 
 def _until(stop: threading.Event, progress: Progress) -> Progress:

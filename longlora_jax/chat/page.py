@@ -29,7 +29,7 @@ THEME = gr.themes.Base(
     font_mono=("ui-monospace", "Consolas", "monospace"),
 )
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important }
+.gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important }
 #title h1 { font-size: 1.25rem; font-weight: 600; margin: 0 }
 #title p, .meter p { margin: 0.25rem 0 0; overflow-wrap: anywhere }
 .meter .bar { display: flex; height: 10px; border-radius: 5px; overflow: hidden; margin: 0.5rem 0;
@@ -38,10 +38,10 @@ CSS = """
 .meter .key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 0.4em }
 .meter .free { background: var(--border-color-primary) }
 .meter ul { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1.2em }
-.meter small, .said small { color: var(--body-text-color-subdued) }
+.note { color: var(--body-text-color-subdued); font-size: 0.85rem; margin: 0 }
 .fault { border-left: 4px solid #dc2626; padding: 0.25rem 0.75rem; overflow-wrap: anywhere }
 #chat { border: 1px solid var(--border-color-primary); border-radius: 8px }
-#chat small { color: var(--body-text-color-subdued) }
+#chat small { color: var(--body-text-color-subdued); font-size: 0.9rem }
 #chat .asked, #chat .answered { white-space: pre-wrap; overflow-wrap: anywhere; padding: 0.6rem 0.9rem;
   margin-bottom: 0.75rem; border-radius: 8px; max-width: 90%; width: fit-content; line-height: 1.5 }
 #chat .asked { background: var(--primary-100); color: #111; margin-left: auto }
@@ -72,21 +72,30 @@ def fault(error: Exception | str = "") -> str:
     return f'<p class="fault" role="alert">{html.escape(str(error))}</p>' if str(error) else ""
 
 
-def measured(turn: Turn | None) -> str:
-    """HTML of what the last answer took."""
-    if turn is None or not turn.prompt_tokens:
-        return ""
-    known = turn.prompt_tokens - turn.read_tokens
-    words = [f"{turn.read_tokens:,} tokens read in {turn.read_seconds:.1f} s, {known:,} known already"]
+def note(text: str) -> str:
+    """HTML of what goes on, or went on."""
+    return f'<p class="note" role="status">{html.escape(text)}</p>'
+
+
+def reading(done: int, total: int) -> str:
+    """What is told of a model that reads."""
+    return f"reading: {done:,} of {total:,} tokens"
+
+
+def measured(turn: Turn) -> str:
+    """What an answer took so far, and why it ended."""
+    if not turn.new_tokens and not turn.ended:
+        return reading(turn.read_tokens, turn.prompt_tokens - turn.known_tokens)
+    words = [f"{turn.read_tokens:,} tokens read in {turn.read_seconds:.1f} s, {turn.known_tokens:,} known already"]
     if turn.new_tokens > 1:
         words.append(f"{turn.new_tokens:,} written, {turn.new_tokens / turn.seconds:.1f} a second")
     ends = {
         "stopped": "stopped",
-        "length": "cut off at the most tokens: raise it under Sampling, or ask to go on",
+        "length": "cut off after max_new_tokens",
         "window": "cut off: the window is full, begin a new conversation",
     }
     words += [ends[turn.ended]] if turn.ended in ends else []
-    return f'<p class="said"><small>{"; ".join(words)}</small></p>'
+    return "; ".join(words)
 
 
 def log(talk: Conversation) -> str:
@@ -147,9 +156,10 @@ def build(reader: Reader, max_new_tokens: int) -> gr.Blocks:
                 return shown(talk, said=fault(error))
             return shown(talk)
 
-        def read(talk: Conversation, progress=gr.Progress()):  # noqa: B008  (it is how gradio wants it)
-            talk.read_ahead(lambda done, total: progress((done, total), desc="reading", unit="tokens"))
-            return meter(talk)
+        def read(talk: Conversation):
+            for done, total in talk.read_ahead():
+                yield note(reading(done, total))
+            yield ""
 
         def put(text: str, talk: Conversation):
             if talk.turns and not talk.turns[-1].ended:
@@ -160,23 +170,15 @@ def build(reader: Reader, max_new_tokens: int) -> gr.Blocks:
                 return shown(talk, said=fault(error))
             return shown(talk, busy=True) | {question: ""}
 
-        def answer(
-            talk: Conversation,
-            temperature: float,
-            top_p: float,
-            length: int,
-            progress=gr.Progress(),  # noqa: B008
-        ) -> Iterator[dict[Any, Any]]:
+        def answer(talk: Conversation, temperature: float, top_p: float, length: int) -> Iterator[dict[Any, Any]]:
             if not talk.turns or talk.turns[-1].ended:
                 return
             turn, last = talk.turns[-1], 0.0
-            tell = lambda done, total: progress((done, total), desc="reading", unit="tokens")  # noqa: E731
-            sampling = Sampling(temperature, 0, top_p)
             try:
-                for _ in talk.answer(int(length), sampling, secrets.randbits(31), tell):
+                for _ in talk.answer(int(length), Sampling(temperature, 0, top_p), secrets.randbits(31)):
                     if turn.ended or time.monotonic() - last > REFRESH_SECONDS:
                         last = time.monotonic()
-                        yield shown(talk, busy=not turn.ended, said=measured(turn if talk.turns else None))
+                        yield shown(talk, busy=not turn.ended, said=note(measured(turn)) if talk.turns else "")
             except UserError as error:
                 yield shown(talk, said=fault(error)) | {question: turn.question}
 
@@ -185,11 +187,12 @@ def build(reader: Reader, max_new_tokens: int) -> gr.Blocks:
             return shown(talk)
 
         everything = [chat, window, status, ask, stop, question]
-        alone = {"concurrency_id": "model", "concurrency_limit": 1}  # there is one cache
+        # One at a time: there is one cache.
+        alone = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
         quick = {"queue": False, "show_progress": "hidden"}
         page.load(begin, None, [talk, window, chat], **quick)
         gr.on([file.upload, file.clear], take, [file, talk], everything, show_progress="hidden").success(
-            read, talk, window, **alone
+            read, talk, status, **alone
         )
         gr.on([question.submit, ask.click], put, [question, talk], everything, **quick).success(
             answer, [talk, temperature, top_p, length], everything, **alone

@@ -5,6 +5,7 @@ name is registered for programs that import this module and call lm_eval.simple_
 """
 
 import functools
+import importlib.metadata
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -25,9 +26,9 @@ from longlora_jax.model import Llama, output_kernel
 from longlora_jax.progress import progress_bar
 
 try:
-    import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+    from lm_eval.evaluator import simple_evaluate  # pyright: ignore[reportMissingImports]
     from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = args.tasks.split(",")
     if unknown := [name for name in names if not name.endswith(".yaml") and name not in manager.all_tasks]:
         raise UserError(f"lm_eval has no task {', '.join(unknown)}: see python -m lm_eval --tasks list")
-    found = lm_eval.simple_evaluate(
+    found = simple_evaluate(
         model,
         tasks=names,
         num_fewshot=args.num_fewshot,
@@ -260,7 +261,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{name:<30} {metric:<24} {value:.4f}")
     if args.json:
         settings = {k: getattr(args, k) for k in ("model", "dtype", "num_fewshot", "limit", "apply_chat_template")}
-        versions = {"max_length": model.max_length, "versions": found["versions"], "lm_eval": lm_eval.__version__}
+        versions = {
+            "max_length": model.max_length,
+            "versions": found["versions"],
+            "lm_eval": importlib.metadata.version("lm_eval"),
+        }
         write_json(args.json, settings | versions | {"results": found["results"]})
 
 

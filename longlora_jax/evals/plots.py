@@ -94,9 +94,10 @@ def plot_grid(
     # The ends differ for colour-blind readers too, and half right is light.
     colours = LinearSegmentedColormap.from_list("wrong to right", [HIGHLIGHT, "#f2e9dc", COLOURS[0]])
     image = axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        dark = np.isfinite(value) and abs(value - 0.5) > 0.3
-        axes.text(j, i, texts[i][j], ha="center", va="center", color="white" if dark else "black", fontsize=10)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            dark = np.isfinite(value) and abs(value - 0.5) > 0.3
+            axes.text(j, i, texts[i][j], ha="center", va="center", color="white" if dark else "black", fontsize=10)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(np.arange(1, len(columns)) - 0.5, minor=True)
@@ -106,8 +107,9 @@ def plot_grid(
     axes.spines[:].set_visible(False)
     if after is not None and 0 < after < len(columns):
         axes.axvline(after - 0.5, color="#333333", linewidth=1.4, linestyle=(0, (4, 3)))
-        place = {"ha": "right" if 2 * after > len(columns) else "left", "va": "bottom", "color": "#666666"}
-        axes.annotate(note, (after - 0.5, 1.01), xycoords=("data", "axes fraction"), fontsize=9, **place)
+        side = "right" if 2 * after > len(columns) else "left"  # towards the middle of the picture
+        place, where = (after - 0.5, 1.01), ("data", "axes fraction")
+        axes.annotate(note, place, xycoords=where, ha=side, va="bottom", color="#666666", fontsize=9)
     axes.set_title(title, loc="left", fontweight="bold", pad=20)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
