@@ -18,8 +18,12 @@ for ((i = 0; i < processes; i++)); do
   pids+=($!)
   echo "process $i: pid $!"
 done
-trap 'kill "${pids[@]}" 2>/dev/null' INT TERM # what bash starts in the background does not see Ctrl-C
+told= # a signal ends bash's wait, not what it waits for
+trap 'told=1; kill "${pids[@]}" 2>/dev/null' INT TERM # what bash starts in the background does not see Ctrl-C
 
 code=0
-for pid in "${pids[@]}"; do wait "$pid" || code=$?; done
-exit "$code"
+for pid in "${pids[@]}"; do
+  while told= && wait "$pid" && ended=0 || ended=$? && [[ $told ]]; do :; done
+  [[ $ended == 0 ]] || code=$ended
+done
+exit "$code" # 75: saved after SIGTERM, start it again

@@ -7,7 +7,8 @@
 #     "git clone URL_OF_THIS_REPOSITORY longlora_jax && pip install -r longlora_jax/requirements.txt 'jax[tpu]'"
 # and on every host a file system that all of them share (Filestore), with the base model, the data and the workdir.
 #
-# Every start, also after a host was lost: the run resumes.
+# Every start, also after a host was lost, or with exit code 75 (saved after SIGTERM): the run resumes. Of spot or queued
+# resources that were taken away, create the pod again first.
 #   launch/tpu_pod.sh POD ZONE --config configs/7b_32k.py --workdir /mnt/shared/runs/7b_32k [flags of train.py]
 set -euo pipefail
 pod=${1:?POD ZONE --config FILE --workdir DIR are needed} zone=${2:?ZONE is needed}

@@ -4,8 +4,11 @@ A run saves what it changed (trainables, optimizer, step, data position). Its fr
 by path and by a fingerprint of the files there, which is checked when the run is resumed or exported.
 """
 
+import contextlib
+import functools
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.errors import JaxRuntimeError
 
-from longlora_jax import hf, hub
+from longlora_jax import hf, hub, seals
 from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
 from longlora_jax.converted import DIGESTS, is_converted, open_converted
 from longlora_jax.errors import UserError
-from longlora_jax.files import read_json, write_json
+from longlora_jax.files import one_line, read_json, write_json
 from longlora_jax.hf_config import refuse
 from longlora_jax.lora import merge_lora
 from longlora_jax.tensors import DTYPES, Tensor
@@ -108,6 +112,21 @@ def is_workdir(path: str) -> bool:
     return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").is_file()
 
 
+@contextlib.contextmanager
+def readable(refusal: Callable[[str], UserError]) -> Iterator[None]:
+    """Around a reader of orbax: what it says of a damaged folder has many types, and raises refusal(fault) here."""
+    try:
+        yield
+    except (UserError, JaxRuntimeError):  # a device without memory, a lost host
+        raise
+    except Exception as error:
+        raise refusal(f"{type(error).__name__}: {one_line(str(error), 150)}") from error
+
+
+def _damaged(folder: Path, fault: str) -> UserError:
+    return UserError(f"{folder} is damaged ({fault}): remove it, and an earlier checkpoint is taken if there is one")
+
+
 class OpenModel(NamedTuple):
     """A model on disk, not read yet: its config, its tensors with adapters merged, its tokenizer's folder."""
 
@@ -121,7 +140,8 @@ def open_model(path: str, dtype: str | None = None, *, check: bool = False) -> O
 
     Adapters are merged when a tensor is read: summed in float32 and rounded once, to dtype (a key of DTYPES).
     None leaves every tensor in the dtype that it has on disk; what a run trained takes its base's.
-    check: compare the tensors of a converted checkpoint with their digests when they are read.
+    check: compare the tensors of a converted checkpoint with their digests when they are read, and the files of a
+    run's checkpoint with theirs now.
     """
     path = hub.local_folder(path, what=_FOLDERS)
     if is_workdir(path):
@@ -189,6 +209,8 @@ def _open_run(path: str, check: bool = False) -> tuple[Config, ModelConfig, dict
         step = manager.latest_step()
     if step is None:
         raise UserError(f"{path} has no complete checkpoint yet: train it further, or name another folder")
+    if check and (faults := seals.faults(checkpoints / str(step))):
+        raise _damaged(checkpoints / str(step), faults[0])
     base = {}
     if config.mode != "full":
         check_base(path, config)
@@ -224,7 +246,8 @@ class _SavedLeaf:
         restore: dict[str, Any] = {}
         set_leaf(item, self._path, jax.ShapeDtypeStruct(self.shape, self.dtype))
         set_leaf(restore, self._path, ocp.RestoreArgs(restore_type=np.ndarray))
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        refusal = functools.partial(_damaged, self._folder.parent)
+        with readable(refusal), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             args = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
             return get_leaf(checkpointer.restore(self._folder, args=args), self._path)
 
@@ -232,7 +255,8 @@ class _SavedLeaf:
 def _saved_tree(folder: Path, *prefix: str) -> dict:
     """The tree that orbax saved in a folder, or the part of it under a prefix; leaves are read when asked for."""
     folder = folder.absolute()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    refusal = functools.partial(_damaged, folder.parent)
+    with readable(refusal), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata.tree
     tree: dict[str, Any] = {}
     for path, leaf in flatten(get_leaf(metadata, prefix)):

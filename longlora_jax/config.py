@@ -8,6 +8,7 @@ import typing
 from dataclasses import dataclass, field
 
 from longlora_jax.errors import UserError
+from longlora_jax.fields import type_faults
 from longlora_jax.patterns import GROUPED, PATTERNS
 from longlora_jax.rope import ROPE_TYPES, RopeScaling
 
@@ -218,7 +219,8 @@ POSITIVE = (
 
 def validate(config: Config) -> None:
     """Checks what can be checked without files or devices; all faults come in one UserError."""
-    faults = []
+    if faults := list(type_faults(config)):
+        raise UserError("; ".join(faults))
     for name, choices in CHOICES.items():
         value = operator.attrgetter(name)(config)
         if value not in choices:

@@ -234,6 +234,8 @@ def abstract_state(config: Config, model: Llama, mesh=None):
     )
     placed = state.replace(
         step=put(state.step),
+        skipped=put(state.skipped),
+        in_a_row=put(state.in_a_row),
         dropout_key=put(state.dropout_key),
         trainable=jax.tree.map(put, state.trainable, where_trains),
         opt_state=moments,

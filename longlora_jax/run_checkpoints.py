@@ -2,15 +2,16 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.errors import JaxRuntimeError
+from etils import epath
 
 from longlora_jax import seals
+from longlora_jax.checkpoint import readable
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line
 
@@ -70,7 +71,7 @@ class RunCheckpoints:
             if faults := seals.faults(folder):
                 raise self._damaged(step, faults)
         wanted = _saved(state)
-        with _readable(folder, lambda faults: self._damaged(step, faults)):
+        with readable(lambda fault: self._damaged(step, [fault])):
             if faults := list(_shape_faults(_shapes(folder / "state"), wanted)):
                 raise self._damaged(step, faults)
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
@@ -125,17 +126,6 @@ def _goes_on(step: int | None) -> str:
     return "starts from its beginning: there is no other checkpoint" if step is None else f"goes on from step {step}"
 
 
-@contextlib.contextmanager
-def _readable(folder: Path, refusal: Callable[[list[str]], UserError]) -> Iterator[None]:
-    """Around a reader of orbax: what it says of a damaged folder has many types, and its own one is no help."""
-    try:
-        yield
-    except (UserError, JaxRuntimeError):  # a device without memory, a lost host
-        raise
-    except Exception as error:
-        raise refusal([f"{type(error).__name__}: {one_line(str(error), 150)}"]) from error
-
-
 def _shape_faults(saved, wanted) -> Iterator[str]:
     """Where a saved tree is not like the wanted one, by name."""
     saved, wanted = _by_name(saved), _by_name(wanted)
@@ -147,8 +137,7 @@ def _shape_faults(saved, wanted) -> Iterator[str]:
 
 
 def _shapes(folder: Path):
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        return checkpointer.metadata(folder).item_metadata.tree
+    return ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder)).tree
 
 
 def _by_name(tree) -> dict[str, Any]:

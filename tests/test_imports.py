@@ -12,13 +12,13 @@ PACKAGE = ROOT / "longlora_jax"
 SCRIPTS = {"train", "convert_weights"}
 # Each room may import those before it. A folder is one room.
 ORDER = (
-    *("errors", "roll_call", "files", "seals"),
+    *("errors", "fields", "roll_call", "files", "seals"),
     *("progress", "rope", "patterns", "config", "presets", "losses", "lora", "trainable", "data"),
     *("hub", "tensors", "torch_files", "hf_config", "weights", "hf", "peft_files", "peft", "gguf_tokenizer", "gguf"),
     *("kernels", "attention", "optim", "sharding"),
     *("context_parallel", "linear", "cache", "model", "session", "trainer", "converted", "checkpoint", "distributed"),
     *("watch", "health", "run_checkpoints", "metrics", "versions", "run", "generate"),
-    *("chips", "collectives", "costs", "plan", "evals", "quickstart", "report"),
+    *("chips", "collectives", "costs", "plan", "evals", "quickstart", "report", "chat"),
 )
 WITHOUT_JAX = ("data", "files", "progress", *ORDER[ORDER.index("hub") : ORDER.index("kernels")])
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -16,8 +16,8 @@ from longlora_jax import errors
 from longlora_jax.checkpoint import LoadedModel, load_model
 from longlora_jax.config import LoraConfig
 from longlora_jax.evals import perplexity
-from longlora_jax.evals.scoring import evaluate, on_device, plan_windows, standard_error
 from longlora_jax.evals.plots import plot_perplexity
+from longlora_jax.evals.scoring import evaluate, on_device, plan_windows, standard_error
 from longlora_jax.model import Llama, abstract_params
 from longlora_jax.patterns import Pattern
 

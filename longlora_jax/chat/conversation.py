@@ -172,7 +172,9 @@ class Conversation:
             return
         tokens, window = self._shared_tokens(document), self.reader.window
         if tokens + LEAST_ROOM > window:
-            share = 100 * max(0, window - LEAST_ROOM) // tokens
+            own = self._shared  # the template's tokens before the document
+            # Two in a hundred less: tokens are not spread evenly.
+            share = 98 * max(0, window - LEAST_ROOM - own) // (tokens - own)
             raise UserError(
                 f"{document.name} takes {tokens:,} tokens, and a question needs {LEAST_ROOM} more, but the model's "
                 f"window is {window:,}: cut the document to about {share}% of its length, or train the model further "

@@ -46,7 +46,7 @@ def read_document(path: str) -> Document:
 
 def _read_pdf(name: str, path: str) -> Document:
     try:
-        import pypdf
+        import pypdf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"{name} is a PDF, which needs pypdf: pip install 'longlora_jax[chat]'") from error
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it tells of every odd object that it can live with

@@ -4,6 +4,7 @@ All that users, files and models say is shown as text: nothing in it is HTML or 
 """
 
 import html
+import logging
 import os
 import secrets
 import time
@@ -12,22 +13,26 @@ from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
 
-import gradio as gr  # noqa: E402
+import gradio as gr  # noqa: E402  # pyright: ignore[reportMissingImports]
+from gradio import themes  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from longlora_jax.chat.conversation import Conversation, Reader, Turn  # noqa: E402
 from longlora_jax.chat.document import SUFFIXES, read_document  # noqa: E402
 from longlora_jax.errors import UserError  # noqa: E402
+from longlora_jax.files import one_line  # noqa: E402
 from longlora_jax.session import Sampling  # noqa: E402
+
+log = logging.getLogger(__name__)
 
 LARGEST_FILE = 64 * 2**20  # bytes
 REFRESH_SECONDS = 0.05  # between two pictures of a growing answer
 HOUR = 3600
 
-THEME = gr.themes.Base(
+THEME = themes.Base(
     primary_hue="blue",
     font=("ui-sans-serif", "system-ui", "sans-serif"),
     font_mono=("ui-monospace", "Consolas", "monospace"),
-)
+).set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1200px !important; margin: 0 auto !important }
 #title h1 { font-size: 1.25rem; font-weight: 600; margin: 0 }
@@ -38,15 +43,15 @@ CSS = """
 .meter .key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 0.4em }
 .meter .free { background: var(--border-color-primary) }
 .meter ul { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1.2em }
-.note { color: var(--body-text-color-subdued); font-size: 0.85rem; margin: 0 }
+.note { opacity: 0.75; font-size: 0.85rem; margin: 0 }
 .fault { border-left: 4px solid #dc2626; padding: 0.25rem 0.75rem; overflow-wrap: anywhere }
 #chat { border: 1px solid var(--border-color-primary); border-radius: 8px }
-#chat small { color: var(--body-text-color-subdued); font-size: 0.9rem }
+#chat small { opacity: 0.75; font-size: 0.9rem }
 #chat .asked, #chat .answered { white-space: pre-wrap; overflow-wrap: anywhere; padding: 0.6rem 0.9rem;
   margin-bottom: 0.75rem; border-radius: 8px; max-width: 90%; width: fit-content; line-height: 1.5 }
 #chat .asked { background: var(--primary-100); color: #111; margin-left: auto }
 #chat .answered { background: var(--background-fill-secondary) }
-#chat b { display: block; font-size: 0.75rem; opacity: 0.7 }
+#chat b { display: block; color: inherit; font-size: 0.75rem; opacity: 0.7 }
 """
 
 
@@ -67,9 +72,10 @@ def meter(talk: Conversation) -> str:
     )
 
 
-def fault(error: Exception | str = "") -> str:
-    """HTML of what went wrong; nothing for nothing."""
-    return f'<p class="fault" role="alert">{html.escape(str(error))}</p>' if str(error) else ""
+def fault(error: Exception) -> str:
+    """HTML of what went wrong."""
+    told = str(error) if isinstance(error, UserError) else one_line(f"{type(error).__name__}: {error}", 300)
+    return f'<p class="fault" role="alert">{html.escape(told)}</p>'
 
 
 def note(text: str) -> str:
@@ -98,7 +104,7 @@ def measured(turn: Turn) -> str:
     return "; ".join(words)
 
 
-def log(talk: Conversation) -> str:
+def transcript(talk: Conversation) -> str:
     """HTML of all that was asked and answered."""
     rows = []
     for turn in talk.turns:
@@ -125,7 +131,7 @@ def build(reader: Reader, max_new_tokens: int) -> gr.Blocks:
                     first = min(max_new_tokens, most)
                     length = gr.Slider(1, most, first, step=1, label="max_new_tokens", info="of an answer")
             with gr.Column(scale=3, min_width=280):
-                chat = gr.HTML(elem_id="chat", min_height="55vh", max_height="55vh", autoscroll=True, padding=True)
+                chat = gr.HTML(elem_id="chat", min_height=440, max_height=440, autoscroll=True, padding=True)
                 status = gr.HTML()
                 with gr.Row(equal_height=True):
                     question = gr.Textbox(
@@ -137,7 +143,7 @@ def build(reader: Reader, max_new_tokens: int) -> gr.Blocks:
 
         def shown(talk: Conversation, *, busy: bool = False, said: str = "") -> dict[Any, Any]:
             return {
-                chat: log(talk),
+                chat: transcript(talk),
                 window: meter(talk),
                 status: said,
                 ask: gr.update(visible=not busy),
@@ -146,7 +152,7 @@ def build(reader: Reader, max_new_tokens: int) -> gr.Blocks:
 
         def begin():
             made = Conversation(reader)
-            return made, meter(made), log(made)
+            return made, meter(made), transcript(made)
 
         def take(path: str | None, talk: Conversation):
             try:
@@ -157,13 +163,17 @@ def build(reader: Reader, max_new_tokens: int) -> gr.Blocks:
             return shown(talk)
 
         def read(talk: Conversation):
-            for done, total in talk.read_ahead():
-                yield note(reading(done, total))
-            yield ""
+            try:
+                for done, total in talk.read_ahead():
+                    yield note(reading(done, total))
+                yield ""
+            except Exception as error:  # out of memory, most likely
+                log.exception("the document cannot be read")
+                yield fault(error)
 
         def put(text: str, talk: Conversation):
             if talk.turns and not talk.turns[-1].ended:
-                return {status: fault("an answer is under way: wait for its end, or stop it")}
+                return {status: fault(UserError("an answer is under way: wait for its end, or stop it"))}
             try:
                 talk.ask(text)
             except UserError as error:
@@ -179,7 +189,10 @@ def build(reader: Reader, max_new_tokens: int) -> gr.Blocks:
                     if turn.ended or time.monotonic() - last > REFRESH_SECONDS:
                         last = time.monotonic()
                         yield shown(talk, busy=not turn.ended, said=note(measured(turn)) if talk.turns else "")
-            except UserError as error:
+            except Exception as error:  # a question that does not fit, or no memory left
+                if not isinstance(error, UserError):
+                    log.exception("the question cannot be answered")
+                talk.turns = [other for other in talk.turns if other is not turn]
                 yield shown(talk, said=fault(error)) | {question: turn.question}
 
         def empty(talk: Conversation):

@@ -30,7 +30,7 @@ def prompt(reader: Reader, haystack: str, length: int, depth: float, fact: str, 
     def render(characters: int) -> np.ndarray:
         before, after = split_at_sentence(haystack[:characters], depth)
         text = " ".join(part for part in (before.rstrip(), fact, after) if part)
-        return reader.ids(f"{TASK}\n\n{text}\n\n{TASK}\n{question}", "" if reader.chat else "\nAnswer:")
+        return reader.ids(f"{TASK}\n\n{text}\n\n{question}", "" if reader.chat else "\nAnswer:")
 
     return fit(render, length, len(haystack))
 

@@ -1,0 +1,29 @@
+"""The fields of dataclasses, held against the types that they declare."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+
+def type_faults(value: Any, before: str = "") -> Iterator[str]:
+    """What in a dataclass and those in it is not of its field's type, a line each; an int is a float as well."""
+    hints = typing.get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        inner, name, hint = getattr(value, field.name), f"{before}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(inner) and type(inner) in (hint, *typing.get_args(hint)):
+            yield from type_faults(inner, f"{name}.")
+        elif not _fits(inner, hint):
+            kind = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+            yield f"{name}={inner!r} is of type {type(inner).__name__}, it must be {kind.rsplit('.')[-1]}"
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(x, typing.get_args(hint)[0]) for x in value)
+    if hint in (int, float):  # True is an int for Python alone
+        return isinstance(value, int | hint) and not isinstance(value, bool)
+    return isinstance(value, hint)
