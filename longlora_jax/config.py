@@ -178,6 +178,7 @@ class Config:
     # planner's estimate.
     remat: str = "block"
     # Of a very long sequence: a block's heads, and the tokens of its MLP, come in so many chunks, one after another.
+    # Heads in as many as cut them evenly, and all at once where a tensor axis shares them out.
     chunks: int = 1
     loss_chunk: int = 1024  # rows of logits that exist at a time
     log_every: int = 1

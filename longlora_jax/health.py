@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import statistics
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,7 +54,8 @@ class Health:
         data.set_state(data.get_state(step - 1))
         mine = f"_process{jax.process_index()}" if jax.process_count() > 1 else ""
         path = os.path.join(workdir, f"bad_batch_{step}{mine}.npz")
-        np.savez_compressed(path, step=step, **next(data))
+        batch: dict[str, Any] = {"step": step, **next(data)}
+        np.savez_compressed(path, **batch)
         distributed.check_same("bad batch", dict)  # all have written theirs before the first one ends all
         raise UserError(
             f"steps {step - in_a_row + 1} to {step} were skipped, their loss or gradient is not finite: look at "

@@ -152,7 +152,7 @@ def over_sequence(f, weights, *arrays, mesh: Mesh | None, chunks: int):
 
     def cut(x):
         x = jnp.moveaxis(x.reshape(b, context, chunks, t // context // chunks, *x.shape[2:]), 2, 0)
-        return held(x, None, rows, "context")
+        return held(x, None, rows, "context", *(P.UNCONSTRAINED,) * (x.ndim - 3))
 
     def one(index_and_pieces):
         index, pieces = index_and_pieces
@@ -160,8 +160,9 @@ def over_sequence(f, weights, *arrays, mesh: Mesh | None, chunks: int):
         return y.reshape(*pieces[0].shape[:3], *y.shape[2:])
 
     rows = () if mesh is None else row_axes(b, mesh)
-    # The weights are gathered here, once, and not by every chunk.
-    weights = jax.tree.map(held, weights)
+    if mesh is not None and mesh.shape["tensor"] == 1:
+        # The weights are gathered here, once, and not by every chunk. Features over a tensor axis stay where they are.
+        weights = jax.tree.map(held, weights)
     out = jax.lax.map(jax.checkpoint(one), (jnp.arange(chunks), tuple(map(cut, arrays))))
     return jnp.moveaxis(held(out, None, rows, "context"), 0, 2).reshape(b, t, *out.shape[4:])
 

@@ -154,6 +154,7 @@ def test_stop_while_it_reads(reader, folder, monkeypatch):
         talk.stop()
     turn = talk.turns[-1]
     assert turn.ended == "stopped" and turn.answer == "" and turn.new_tokens == 0
+    talk.load(talk.document)
     list(talk.read_ahead())
     talk.ask(BOOK.text)
     for _ in talk.answer(NEW):

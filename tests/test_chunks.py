@@ -1,6 +1,7 @@
 """A block in chunks is the block: same loss, same gradients, whatever is cut and wherever it runs."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ from tiny import random_batch, random_params, tiny_config
 from longlora_jax.config import LoraConfig, MeshConfig
 from longlora_jax.errors import UserError
 from longlora_jax.linear import head_chunks
-from longlora_jax.model import Llama
+from longlora_jax.model import Llama, abstract_params, logical_axes
 from longlora_jax.patterns import FULL, Pattern
-from longlora_jax.sharding import make_mesh
+from longlora_jax.sharding import make_mesh, weight_shardings
 from longlora_jax.trainer import loss_sums
 
 LORA = LoraConfig(rank=2, alpha=3.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
@@ -74,14 +75,29 @@ def test_chunks_change_nothing(name, packed):
 def test_chunks_hold_less():
     """Catches: chunks whose activations are all kept for the backward pass."""
     config = tiny_config(num_attention_heads=8, num_key_value_heads=8, hidden_size=64, intermediate_size=256)
-    batch = random_batch(1, 4096)
+    batch = random_batch(1, 2048)
 
     def temporaries(chunks: int) -> int:
-        model = Llama(config, LORA, Pattern("s2", 1024), remat="block", chunks=chunks)
+        model = Llama(config, LORA, Pattern("s2", 512), remat="block", chunks=chunks)
         step = jax.jit(jax.grad(lambda p: loss_sums(p, batch, model=model, loss_chunk=256)[0]))
         return step.lower(random_params(model)).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(4) < 0.6 * temporaries(1)
+
+
+def test_features_stay_cut_over_a_tensor_axis():
+    """Catches: every device of a tensor axis computing the whole MLP of a chunk."""
+    config = tiny_config(vocab_size=40, num_attention_heads=8, num_key_value_heads=8, intermediate_size=232)
+    mesh = make_mesh(MeshConfig(fsdp=1, tensor=4), jax.devices()[:4])
+    model = Llama(config, LORA, Pattern("s2", 8), remat="block", chunks=2, mesh=mesh)
+    shapes = abstract_params(model)
+    where = weight_shardings(mesh, logical_axes(model), shapes)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where)
+    batch = random_batch(2, 32)
+    compiled = jax.jit(jax.grad(lambda p: loss_sums(p, batch, model=model, loss_chunk=16)[0])).lower(params).compile()
+    dots = [line for line in compiled.as_text().splitlines() if " dot(" in line]
+    assert any(re.search(r"[\[,]58[,\]]", line) for line in dots)
+    assert not [line for line in dots if re.search(r"[\[,]232[,\]]", line)]
 
 
 def test_dropout_of_every_chunk_is_its_own():

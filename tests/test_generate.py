@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +16,7 @@ from jaxpr_arrays import shapes
 from tiny import random_params, tiny_config
 
 import longlora_jax
+from longlora_jax import errors
 from longlora_jax import generate as command
 from longlora_jax.checkpoint import open_model
 from longlora_jax.config import LoraConfig, MeshConfig
@@ -210,6 +214,35 @@ def test_draws_follow_the_distribution():
     assert (np.asarray(same) == drawn[:64]).all() and (same != step).any() and (same != seed).any()
 
 
+def test_a_temperature_next_to_zero_takes_the_likeliest():
+    """Catches: NaN out of a temperature that float32 takes for 0, a seed that does not fit 31 bits."""
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(4, 12)), jnp.float32)
+    for temperature in (1e-7, 1e-40, 1e-300):
+        drawn = draw(logits, Sampling(temperature, 3, 0.5), 0, 0)
+        np.testing.assert_array_equal(drawn, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("seed", [2**31 + 7, 2**32 - 1])
+def test_all_seeds_of_32_bits(seed):
+    """Catches: OverflowError in the middle of an answer, a seed that is cut to fewer bits."""
+    model = Llama(tiny_config())
+    ask = {"max_new_tokens": 8, "temperature": 5.0}
+    params = random_params(model)
+    drawn = [longlora_jax.generate(model, params, PROMPTS[:1], seed=s, **ask) for s in (seed, seed, seed - 2**31)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    with pytest.raises(UserError, match=f"seed={2**32}"):
+        longlora_jax.generate(model, params, PROMPTS[:1], seed=2**32, **ask)
+
+
+def test_a_chunk_is_no_longer_than_the_prompt():
+    """Catches: memory for a chunk of a thousand million tokens that no prompt has."""
+    model = Llama(tiny_config())
+    ask = {"max_new_tokens": 2, "sinks": 2, "window": 8}
+    params = random_params(model)
+    found = longlora_jax.generate(model, params, PROMPTS[:1], chunk=10**9, **ask)
+    assert found == longlora_jax.generate(model, params, PROMPTS[:1], chunk=16, **ask)
+
+
 # The command
 
 
@@ -295,6 +328,13 @@ def wrong_uses(folder: Path):
         "top_p=2": [*model, *prompt, "--top_p", "2"],
         "--sinks needs --window": [*model, *prompt, "--sinks", "2"],
         "more than the model's window": [*model, *prompt, "--window", str(window)],
+        "seed: 4294967296 must be at least 0 and at most 4294967295": [*model, *prompt, "--seed", str(2**32)],
+        "max_new_tokens: 9999": [*model, *prompt, "--window", "10", "--max_new_tokens", "9" * 19],
+        f"top_k: {'1' * 400} must be": [*model, *prompt, "--top_k", "1" * 400],
+        "chunk: 100000000000 must be": [*model, *prompt, "--window", "10", "--chunk", "100000000000"],
+        "--prompt is not UTF-8": [*model, "--prompt", "a\udcff"],
+        "--question is not UTF-8": [*model, *prompt, "--question", "b", "--question", "a\udcff"],
+        "--stop is not UTF-8": [*model, *prompt, "--stop", "a\udcff"],
         "cannot be written": [*model, *prompt, "--json", str(folder / "no" / "out.json")],
     }
 
@@ -305,6 +345,34 @@ def test_wrong_uses_get_one_line(tmp_path):
         with pytest.raises(UserError) as error:
             command.main(flags)
         assert message in str(error.value) and "\n" not in str(error.value), (message, str(error.value))
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_goes_ends_the_command_quietly(flush):
+    """Catches: a traceback behind `| head`, also where the text is first written at the very end."""
+    code = f"from longlora_jax import errors; errors.run(lambda: [print('a' * 100, flush={flush}) for _ in range(9)])"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device"), None], ids=repr)
+def test_what_the_machine_runs_out_of_is_one_line(error, capsys):
+    """Catches: pages of traceback for memory or disk in any command; other errors hidden."""
+
+    def fail():
+        raise error or ValueError("a bug")
+
+    if error is None:
+        with pytest.raises(ValueError, match="a bug"):
+            errors.run(fail)
+        return
+    with pytest.raises(SystemExit) as left:
+        errors.run(fail)
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_a_workdir_without_a_checkpoint(tmp_path):

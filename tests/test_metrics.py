@@ -111,3 +111,16 @@ def test_peak_memory_where_devices_know_it(monkeypatch):
     fakes = [types.SimpleNamespace(memory_stats=lambda n=n: {"peak_bytes_in_use": n << 29}) for n in (1, 5, 2)]
     monkeypatch.setattr(jax, "local_devices", lambda: [*fakes, types.SimpleNamespace(memory_stats=lambda: None)])
     assert metrics.peak_memory() == {"perf/peak_memory_gib": 2.5}
+
+
+def test_a_file_that_a_crash_filled_with_nuls_is_gone_on_with(tmp_path, caplog):
+    """Catches: a run that cannot be resumed because the machine died while the metrics were written."""
+    report(tmp_path, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    bad = [b"\0" * 40 + b"\n", b"\xff\n", b"3\n", b'{"loss": 1}\n', b'{"step": "1"}\n', b"[]\n"]
+    path.write_bytes(first + b"".join(bad) + second + third)
+    caplog.set_level("WARNING")
+    report(tmp_path, [3], start_step=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    assert "6 lines" in caplog.text and str(path) in caplog.text

@@ -38,9 +38,10 @@ def test_sigterm_saves_the_step_and_says_again(home, environment, tmp_path):
     config = write_config(tmp_path, lora_plus(home, steps=5000, save_every=5000, log_every=1, **changes))
     steps = []
     for before in (0, 1):
-        process = start(environment, config, tmp_path / "work")
+        process = start(environment, config, tmp_path / "work", f"--config.workers={before}")
         wait_for_lines(tmp_path / "work", len(steps) + 3, process)
-        process.send_signal(signal.SIGTERM)
+        for pid in (*Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(), process.pid):
+            os.kill(int(pid), signal.SIGTERM)  # as SLURM does: to all processes, those that read the data as well
         out, err = process.communicate(timeout=60)
         assert process.returncode == AGAIN == 75, err
         assert "error" not in err and "SIGTERM: saving after this step" in out

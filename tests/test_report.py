@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -351,14 +352,108 @@ def test_wrong_uses_are_one_line(run, tmp_path):
     assert "holds no results of evals.passkey" in fault(run, "--passkey", str(tmp_path / "p.json"))
     assert "cannot be written" in fault(run)
     Path(f"{run}/broken.json").write_text("{")
-    assert "broken.json cannot be read as JSON" in fault(run)
-    Path(f"{run}/broken.json").unlink()
+    assert "broken.json cannot be read as JSON" in fault(run, "--passkey", f"{run}/broken.json")
     Path(f"{run}/metrics.jsonl").write_text('{"step": 1}\nhello\n{"step": 3}\n')
     assert "metrics.jsonl, line 2" in fault(run)
     done = subprocess.run(
         [sys.executable, "-m", "longlora_jax.report", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_what_lies_about_stops_nothing(run, tmp_path):
+    """Catches: no page of a run because some other program left half a file in its folder."""
+    Path(f"{run}/broken.json").write_text("{")
+    Path(f"{run}/latin.json").write_bytes(b'"\xe9"')
+    Path(f"{run}/folder.json").mkdir()
+    os.mkfifo(f"{run}/fifo.json")
+    page = read(tmp_path, run)
+    assert "broken.json cannot be read as JSON" in page.text and "latin.json cannot be read" in page.text
+    assert page.text.count("It is left out") == 2
+
+
+def test_nothing_half_written_is_left(run, tmp_path):
+    """Catches: FOLDER.incomplete beside a folder given as --out."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        report.main([run, "--out", str(tmp_path / "folder")])
+    assert not list(tmp_path.glob("*.incomplete"))
+
+
+ODD = [
+    {"init_from": None},
+    {"data": []},
+    {"attention": None},
+    {"mixture": 3},
+    {"mixture": [3]},
+    {"optim": {"learning_rate": "x"}},
+    {"mode": []},
+    {"model": {"hidden_size": "a"}},
+    {"model": None},
+    {"model": 3},
+    {"lora": {"targets": [1]}},
+    {"steps": True},
+    {"attention": {"group_ratio": math.inf}},
+    {"seq_len": 10**400},
+    {"something": 1},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: json.dumps(odd)[:40])
+def test_a_config_that_is_none_is_one_line(tmp_path, odd):
+    """Catches: a traceback out of the middle of the page."""
+    saved = json.loads(json.dumps(dataclasses.asdict(config())))
+    for name, value in odd.items():
+        saved[name] = saved[name] | value if isinstance(value, dict) else value
+    run = make_run(tmp_path / "run", [line(1)])
+    write_json(f"{run}/config.json", saved)
+    assert "config.json" in fault(run)
+
+
+@pytest.mark.parametrize("value", ["1e308", "-1e308", "5e-324", "1" * 400, "-" + "1" * 400])
+def test_numbers_too_large_or_small_to_draw(tmp_path, value):
+    """Catches: OverflowError out of a chart, a traceback instead of a notice about a run gone wrong."""
+    metrics = "".join(json.dumps(line(step)) + "\n" for step in (1, 2, 4))
+    run = make_run(tmp_path / "run", [])
+    for key in ("train/loss", "perf/step_seconds"):
+        odd = metrics + json.dumps(line(5, **{key: 0.125})).replace("0.125", value) + "\n"
+        Path(f"{run}/metrics.jsonl").write_text(odd.replace('"step": 4', '"step": 4, "eval/loss": ' + value))
+        page = read(tmp_path, run)
+        assert ("eval/loss is not a finite number at step 4" in page.text) == (len(value) > 6 or "308" in value)
+    for step in ("-1", "1" * 400, "true", "1.5"):
+        Path(f"{run}/metrics.jsonl").write_text('{"step": ' + step + "}\n")
+        assert "line 1 is not an object of numbers with a step" in fault(run)
+
+
+def test_one_model_with_and_without_a_stride(run, tmp_path):
+    """Catches: KeyError where a result has no stride, two results of a model drawn as one."""
+    plain = {key: value for key, value in result(64, 9.5).items() if key != "stride"}
+    write_json(f"{run}/a.json", {"model": "m", "results": [result(64, 8.5)]})
+    write_json(f"{run}/b.json", {"model": "m", "results": [plain]})
+    write_json(f"{run}/c.json", {"model": "m", "results": [result(64, 7.5, stride=32)]})
+    page = read(tmp_path, run)
+    assert page.row("1m")[0] == "8.50 ± 0.085" and page.row("2m, no stride")[0] == "9.50 ± 0.095"
+    assert page.row("3m, stride 32")[0] == "7.50 ± 0.075"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"stride": "a"}, {"last_quarter": [1]}, {"depth": "a"}, {"seq_len": 1.5}, {"seq_len": "1" * 400}],
+    ids=str,
+)
+def test_results_that_are_none(run, tmp_path, odd):
+    """Catches: a traceback for a field of another type than evaluations write."""
+    text = json.dumps({"model": "m", "results": [{**result(64, 8.5), **odd}]}).replace(f'"{"1" * 400}"', "1" * 400)
+    Path(f"{run}/odd.json").write_text(text)
+    assert "Documents" not in read(tmp_path, run).text
+    assert "holds no results of evals.perplexity" in fault(run, "--perplexity", f"{run}/odd.json")
+
+
+def test_a_perplexity_without_bounds(run, tmp_path):
+    """Catches: OverflowError for a model that a run has destroyed; a model's name that no path can have."""
+    text = json.dumps({"model": "m\0\ud800", "results": [result(32, 2.5), result(64, 3.5)]})
+    Path(f"{run}/odd.json").write_text(text.replace("3.5", "1" + "0" * 400))
+    assert read(tmp_path, run).row("1m\0?")[1].startswith("inf")
 
 
 # In a browser

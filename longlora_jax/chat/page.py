@@ -204,9 +204,9 @@ def build(reader: Reader, max_new_tokens: int) -> gr.Blocks:
         alone = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
         quick = {"queue": False, "show_progress": "hidden"}
         page.load(begin, None, [talk, window, chat], **quick)
-        gr.on([file.upload, file.clear], take, [file, talk], everything, show_progress="hidden").success(
-            read, talk, status, **alone
-        )
+        gr.on(
+            [file.upload, file.clear], take, [file, talk], everything, show_progress="hidden", trigger_mode="multiple"
+        ).success(read, talk, status, **alone)
         gr.on([question.submit, ask.click], put, [question, talk], everything, **quick).success(
             answer, [talk, temperature, top_p, length], everything, **alone
         )

@@ -157,9 +157,10 @@ class _Rows:
 
 
 def _begin_worker(index: int, count: int) -> None:
-    """In a worker process: Ctrl-C is for the main process, and its end, however it comes, is the worker's."""
+    """In a worker process: Ctrl-C and SIGTERM are for the main process, and its end, however it comes, the worker's."""
     del index, count
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
