@@ -2,6 +2,8 @@
 
 import argparse
 import errno
+import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -17,18 +19,24 @@ _DISK = {
 }
 
 
-def in_plain_words(error: BaseException) -> str | None:
-    """What the machine has run out of or lost, and what to do, in one line; None if the error is another one."""
+TRAINING = (
+    "lower batch_size or raise accumulation, set remat=block, raise chunks, lower loss_chunk, or take more devices; "
+    "python -m longlora_jax.plan says what fits"
+)
+COMMAND = "give it less at once (shorter texts, smaller batches or chunks, --dtype bfloat16), or take a larger machine"
+
+
+def in_plain_words(error: BaseException, advice: str = TRAINING) -> str | None:
+    """What the machine has run out of or lost, and what to do, in one line; None if the error is another one.
+
+    advice: what to do about memory.
+    """
     if isinstance(error, OSError) and error.errno in _DISK:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}: {_DISK[error.errno]}, and start again"
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in text:
-        return (
-            f"out of memory ({text[:200].rstrip(' .') or 'of this machine'}): lower batch_size or raise accumulation, "
-            "set remat=block, raise chunks, lower loss_chunk, or take more devices; "
-            "python -m longlora_jax.plan says what fits"
-        )
+        return f"out of memory ({text[:200].rstrip(' .') or 'of this machine'}): {advice}"
     return None
 
 
@@ -41,12 +49,31 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; a UserError becomes one line on standard error and exit code 2, Ctrl-C exit code 130."""
+    """Runs a command: what the user or the machine lacks is one line on standard error and exit code 2.
+
+    Ctrl-C is exit code 130; where nobody reads the output any more (`| head`) it ends quietly, with 141 as others do.
+    """
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if sys.stdout:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(141)
+        if not (reason := str(error) if isinstance(error, UserError) else in_plain_words(error, COMMAND)):
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _nobody_reads() -> bool:
+    """Whether it is standard output that broke; if so, what is left of it goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    broken = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return broken

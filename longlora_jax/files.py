@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from longlora_jax.errors import UserError
@@ -56,12 +56,24 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Writes an indented JSON file, aside first: the file at path is whole at every moment."""
+    """Writes an indented JSON file as write_text does."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a file aside first: the one at path is whole at every moment. What is no UTF-8 becomes a sign.
+
+    Raises OSError, and leaves nothing beside.
+    """
     aside = f"{path}.incomplete"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(aside)
+        raise
 
 
 def check_new(folder: str) -> None:

@@ -5,8 +5,8 @@
 
 import argparse
 import logging
-import math
 import os
+import re
 import sys
 import time
 import types
@@ -29,10 +29,12 @@ from longlora_jax.files import read_json, write_json
 from longlora_jax.hf import GENERATION
 from longlora_jax.model import Llama, abstract_params, logical_axes
 from longlora_jax.progress import progress_bar
-from longlora_jax.session import Sampling, Session, complete
+from longlora_jax.session import SEEDS, Sampling, Session, complete
 from longlora_jax.sharding import make_mesh, place_weights, weight_shardings
 
 log = logging.getLogger(__name__)
+
+MOST = 10**9  # of what can be counted on the command line: two of them are an int32
 
 
 def generate(
@@ -61,8 +63,9 @@ def generate(
     """
     if len(prompts) < 1 or min(map(len, prompts)) < 1 or max_new_tokens < 1:
         raise UserError(f"{len(prompts)} prompts, {max_new_tokens=}: give prompts of a token or more, and 1 or more")
-    capacity = max(map(len, prompts)) + max_new_tokens
-    session = Session(model, params, len(prompts), capacity, chunk=chunk, sinks=sinks, window=window)
+    longest = max(map(len, prompts))
+    memory = {"chunk": min(chunk, longest), "sinks": sinks, "window": window}
+    session = Session(model, params, len(prompts), longest + max_new_tokens, **memory)
     session.read(prompts)
     sampling = Sampling(temperature, top_k, top_p)
     how = {"sampling": sampling, "seed": seed, "eos_ids": eos_ids, "stop": stop, "on_token": on_token}
@@ -141,11 +144,11 @@ def common_prefix(prompts: Sequence[np.ndarray]) -> int:
 # The command
 
 
-def _number(kind: type, least: float):
+def _number(kind: type, least: float, most: float = MOST):
     def read(text: str):
         value = kind(text)
-        if not math.isfinite(value) or value < least:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and at most {most}")
         return value
 
     read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse names it: invalid whole number value
@@ -181,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top_k", type=_number(int, 0), default=0, metavar="K", help="draw from the K likeliest (default: 0, all)")
     top_p_help = "draw from the likeliest that sum up to P (default: 1, all)"
     add("--top_p", type=_number(float, 0), default=1.0, metavar="P", help=top_p_help)
-    add("--seed", type=_number(int, 0), default=0, metavar="N", help="of the random numbers (default: 0)")
+    add("--seed", type=_number(int, 0, SEEDS - 1), default=0, metavar="N", help="of the random numbers (default: 0)")
     add = parser.add_argument_group("how the model runs").add_argument
     chunk_help = "tokens of the prompt computed at once: speed and memory only (default: %(default)s)"
     add("--chunk", type=_number(int, 1), default=512, metavar="N", help=chunk_help)
@@ -199,6 +202,10 @@ def _check(args: argparse.Namespace) -> str:
     Sampling(args.temperature, args.top_k, args.top_p).validate()
     if args.sinks is not None and not args.window:
         raise UserError("--sinks needs --window: say how many last tokens to remember beside the first")
+    texts = {"--prompt": [args.prompt or ""], "--question": args.question or [], "--stop": args.stop}
+    for name, given in texts.items():
+        if re.search("[\ud800-\udfff]", "".join(given)):  # what Python makes of bytes that are none
+            raise UserError(f"{name} is not UTF-8: write it again, or save a text as UTF-8 and give --prompt_file")
     if args.json:
         folder = Path(args.json).absolute().parent
         if Path(args.json).is_dir() or not os.access(folder, os.W_OK):
@@ -238,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (largest := max(int(p.max()) for p in prompts)) >= opened.config.vocab_size:
         raise UserError(f"token {largest} is outside the model's vocabulary of {opened.config.vocab_size}")
     llama, params = load_for_generation(opened, args.dtype)
-    memory = {"chunk": args.chunk, "sinks": args.sinks, "window": args.window}
+    memory = {"chunk": min(args.chunk, longest), "sinks": args.sinks, "window": args.window}
     session = Session(llama, params, 1, longest + args.max_new_tokens, **memory)
     shared = common_prefix(prompts)
     session.compile([shared, *(len(ids) - shared for ids in prompts)])

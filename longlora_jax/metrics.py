@@ -14,6 +14,8 @@ from longlora_jax import distributed, progress
 from longlora_jax.errors import UserError
 from longlora_jax.files import read_json, write_json
 
+log = logging.getLogger(__name__)
+
 
 class _Console(logging.Handler):
     def emit(self, record):
@@ -118,10 +120,15 @@ def peak_memory() -> dict[str, float]:
 def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
+    kept, bad = [], 0
+    for line in path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, TypeError, KeyError):  # a machine that died while it wrote may leave anything
+            bad += 1
+    if bad:
+        log.warning("%s: %d lines that are not metrics are removed", path, bad)
     aside = path.with_suffix(".incomplete")
     aside.write_text("".join(kept), encoding="utf-8")
     aside.replace(path)

@@ -21,6 +21,8 @@ from longlora_jax.patterns import FULL
 from longlora_jax.rope import rope_frequencies
 from longlora_jax.sharding import AXES
 
+SEEDS = 2**32
+COLDEST = 1e-6  # below it logits would leave float32's range, and all but the likeliest token is as good as ruled out
 LEAST_CHUNK = 16  # tokens; the end of a prompt comes in a chunk of a power of two, so that few shapes are compiled
 
 
@@ -46,7 +48,7 @@ GREEDY = Sampling()
 def warp(logits, sampling: Sampling):
     """Logits [B, V] f32 as transformers changes them before it draws: temperature, then top_k, then top_p.
 
-    What is ruled out is -inf. temperature must not be 0.
+    What is ruled out is -inf. temperature must be COLDEST or more.
     """
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -65,7 +67,7 @@ def warp(logits, sampling: Sampling):
 @functools.partial(jax.jit, static_argnums=1)
 def draw(logits, sampling: Sampling, seed, step):
     """One token [B] int32 for each row of logits [B, V]; each row and step has random numbers of its own."""
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return logits.argmax(-1).astype(jnp.int32)
     key = jax.random.fold_in(jax.random.key(seed), step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(logits.shape[0]))
@@ -138,10 +140,12 @@ class Session:
         Whoever stops earlier finds all tokens yielded so far read; of a whole stream the last one is not.
         """
         sampling.validate()
+        if not 0 <= seed < SEEDS:
+            raise UserError(f"{seed=}: give 0 to {SEEDS - 1}")
         ones = np.ones(len(self.lengths), np.int32)
         self._check(self.lengths + limit - 1)
         for step in range(limit):
-            tokens = draw(self._logits, sampling, seed, step)
+            tokens = draw(self._logits, sampling, np.uint32(seed), step)
             if step < limit - 1:
                 self._rotate_by(self.lengths + 1)
                 self._step(tokens[:, None], ones)
@@ -170,7 +174,7 @@ class Session:
         whole = {self._chunk for tokens in reads if tokens >= self._chunk}
         for size in whole | {self._size(tokens % self._chunk) for tokens in reads if tokens % self._chunk}:
             self._step(np.zeros((len(nobody), size), np.int32), nobody)
-        self._step(draw(self._logits, GREEDY, 0, 0)[:, None], nobody)
+        self._step(draw(self._logits, GREEDY, np.uint32(0), 0)[:, None], nobody)
         self.wait()
 
     def wait(self) -> None:

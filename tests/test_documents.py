@@ -115,6 +115,23 @@ def test_text_is_tokenized_into_memory(tmp_path, tokenizer):
         open_documents(config, tokenizer)
 
 
+def test_a_first_example_past_max_tokens_is_named(tmp_path):
+    """Catches: a run of no example at all that blames its data."""
+    (tmp_path / "a.jsonl").write_text('{"instruction": "q", "output": "a"}\n')
+    config = DataConfig(source="jsonl", path=str(tmp_path), task="sft", prompt="alpaca", max_tokens=5)
+    with pytest.raises(UserError, match="max_tokens=5 is less than the .* tokens of the first example"):
+        open_documents(config, data.load_tokenizer(TINY))
+
+
+@pytest.mark.parametrize("source", ["text", "jsonl", "parquet", "hf", "tokens", "arrayrecord"])
+def test_an_empty_path_is_no_corpus(source, tokenizer, tmp_path, monkeypatch):
+    """Catches: every file of the folder that a command happens to be started in, read and trained on."""
+    (tmp_path / "a.txt").write_text("import os")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"source '{source}' has no path: "):
+        open_documents(DataConfig(source=source), tokenizer)
+
+
 def test_bos_is_added_where_it_is_wanted(tmp_path):
     """Catches: add_bos without effect, and a BOS where the tokenizer adds none."""
     import tokenizers

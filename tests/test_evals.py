@@ -203,6 +203,6 @@ def test_longqa_faults_are_one_line(tmp_path, monkeypatch, capsys, rows, flags, 
 def test_the_report_shows_the_grids(run, haystack, tmp_path):
     """Catches: fields of other names than longlora_jax.report reads."""
     run(needle, lambda text: fact_in(text), "--haystack", haystack, "--lengths", "400", "--depths", "0.5")
-    found = report.read_evaluations({"needle": [str(tmp_path / "out.json")]}, [])
+    found, _ = report.read_evaluations({"needle": [str(tmp_path / "out.json")]}, [])
     assert [(e.kind, e.results[0]["score"]) for e in found] == [("needle", 1.0)]
     assert "0.5" in str(report.grids("needle", found, [])) or "50%" in str(report.grids("needle", found, []))

@@ -142,6 +142,12 @@ def test_a_row_past_the_limit_is_not_held(tmp_path, monkeypatch):
         reading = Reading("skip")
         assert values(file, reading) == [{"a": "b"}, {"a": "b"}] and reading.skipped == 1
     assert "an item of more than 1,000 characters" in fault(write(tmp_path / "a.json", f"[{row}, {long}]"))
+    file = write_parquet(tmp_path / "a.parquet", {"a": ["b", "x" * 2000, "b"]})
+    assert "row 2: a row of more than 1,000 bytes" in fault(file)
+    reading = Reading("skip")
+    assert values(file, reading) == [{"a": "b"}, {"a": "b"}] and reading.skipped == 1
+    with pytest.raises(UserError, match="set/7: a text of more than 1,000 characters"):  # of a dataset
+        text_of(formats.Row("set/7", {"text": "x" * 1001}), "text", Reading())
     with pytest.raises(UserError, match="one text of more than 1,000 bytes"):
         read_text_file(write(tmp_path / "a.txt", "x" * 1001), Reading())
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,8 @@ def test_the_rows_of_every_form_are_the_same_conversation():
         {"instruction": "q", "input": None, "output": "a"},
         {"prompt": "q", "completion": "a"},
         {"prompt": "q", "response": "a"},
+        {"messages": None, "prompt": None, "instruction": "q", "output": "a"},  # a table of rows of several forms
+        {"instruction": None, "prompt": "q", "completion": None, "response": "a"},
         {"prompt": wanted[:1], "completion": wanted[1:]},
     ):
         assert messages_of(row) == wanted, row
@@ -253,6 +256,14 @@ def test_a_template_whose_answers_follow_another_prompt_is_refused(template, tmp
     """Catches: answers scored after a prompt that no model will ever be given, or answers that are not there."""
     with pytest.raises(UserError, match="line 1: message 2 does not follow its prompt"):
         examples(template_folder(tmp_path, template), [chat("q", "Austen")])
+
+
+def test_many_blanks_before_an_answer_take_no_time(model):
+    """Catches: a look for the end of an answer that begins again at every blank: 100,000 of them took minutes."""
+    started = time.process_time()
+    blanks = "\n" * 100_000
+    made = examples(model, [chat("q", f"{blanks}yes")])
+    assert len(made) == 1 and time.process_time() - started < 10  # 0.3 s
 
 
 def test_a_marker_of_the_next_question_ends_no_answer(tmp_path):

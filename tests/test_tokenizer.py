@@ -140,6 +140,57 @@ def test_bad_tokenizer_folders_are_refused(tmp_path):
             data.load_tokenizer(str(tmp_path / folder))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"eos_token": 5}', "eos_token is no text"),
+        ('{"eos_token": ["a"]}', "eos_token is no text"),
+        ('{"eos_token": {}}', "eos_token is no text"),
+        ("[]", "must hold a JSON object"),
+        ("[" * 200_000, "cannot be read as JSON"),
+        ("\xff", "cannot be read as JSON"),
+    ],
+)
+def test_bad_tokenizer_configs_are_refused(tmp_path, config, message):
+    """Catches: tracebacks out of a file that anyone may have written."""
+    backend = train_tokenizer(["def f(x):\n    return x\n" * 3], 260)
+    save_tokenizer(backend, str(tmp_path), model_max_length=64)
+    (tmp_path / "tokenizer_config.json").write_bytes(config.encode("latin-1"))
+    with pytest.raises(UserError, match=message) as caught:
+        data.load_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_fails_at_a_text_is_refused(tmp_path):
+    """Catches: a panic of Rust, or its bare Exception, in the middle of a corpus."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="?"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = data.load_tokenizer(str(tmp_path))
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UserError, match="the tokenizer fails at a text"):
+            encode("b")
+    content = json.loads(Path(TINY, "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": "<gone>", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="tokenizer"):
+        data.load_tokenizer(str(tmp_path)).encode("b")
+
+
+@pytest.mark.parametrize("threads", ["abc", "0", "", "-1", "2"])
+def test_cores_where_nobody_says_how_many(monkeypatch, threads):
+    """Catches: a traceback for a variable that the tokenizers library takes as unset, or where there is no affinity."""
+    monkeypatch.setenv("RAYON_NUM_THREADS", threads)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    tokenizer = data.load_tokenizer(TINY)
+    assert [len(ids) for ids in data.tokenize_documents([data.Document("", "import os")], tokenizer)] == [2]
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text("ab \n", min_size=1), max_size=150), st.integers(0, 400))
 def test_tokenize_documents_keeps_order_and_stops_at_max_tokens(texts, max_tokens):

@@ -12,7 +12,7 @@ from longlora_jax.config import DataConfig
 from longlora_jax.data.formats import Reading
 from longlora_jax.data.prepared import Prepared, encoding_of
 from longlora_jax.data.sft import load_prompt, read_examples
-from longlora_jax.data.source import Corpus, find_files
+from longlora_jax.data.source import Corpus, check_path, find_files
 from longlora_jax.data.tokenizer import Tokenizer, end_of, tokenize_documents
 from longlora_jax.errors import UserError
 from longlora_jax.progress import progress_bar
@@ -150,6 +150,7 @@ def open_documents(data: DataConfig, tokenizer: Tokenizer) -> Documents:
     Raises UserError for what cannot be read, and for documents of another tokenizer.
     """
     if data.source in ("tokens", "arrayrecord"):
+        check_path(data.source, data.path)
         if data.hold_out or data.only:
             raise UserError(f"hold_out and only name files of text, source {data.source!r} has none: leave them out.")
         if data.source == "tokens":
@@ -184,11 +185,16 @@ def _with_progress(documents: Iterable[Any], corpus: Corpus, reading: Reading) -
 
 
 def _first_examples(examples: Iterable[Any], max_tokens: int) -> Iterable[Any]:
-    """Whole examples, until there are max_tokens tokens; 0: all."""
+    """Whole examples, until there are max_tokens tokens; 0: all. Raises UserError if the first is longer."""
     tokens = 0
     for example in examples:
         tokens += len(example[0])
         if max_tokens and tokens > max_tokens:
+            if tokens == len(example[0]):
+                raise UserError(
+                    f"max_tokens={max_tokens} is less than the {tokens:,} tokens of the first example: "
+                    "give more, or 0 to read all"
+                )
             return
         yield example
 

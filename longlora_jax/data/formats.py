@@ -107,6 +107,8 @@ def text_of(row: Row, key: str, reading: Reading) -> str | None:
         fields = ", ".join(map(str, row.value)) or "none"
         return reading.bad(row.where, one_line(f"no field {key!r}, set text_key to one of {fields}", 300))
     text = row.value[key]
+    if isinstance(text, str) and len(text) > ROW_LIMIT:
+        return reading.bad(row.where, f"a text of more than {ROW_LIMIT:,} characters, split it")
     if text is None or isinstance(text, str):
         return text
     return reading.bad(row.where, f"no text but {_kind(text)} in the field {key!r}")
@@ -233,11 +235,14 @@ def _parquet_rows(path: str, reading: Reading, columns: list[str] | None) -> Ite
                 fields = one_line(", ".join(names), 300)
                 raise UserError(f"{path} has no column {', '.join(missing)}: set text_key to one of {fields}.")
             rows = file.metadata.num_rows
-            for batch in file.iter_batches(64, columns=columns, use_threads=False):
+            for batch in file.iter_batches(8, columns=columns, use_threads=False):
                 for index in range(batch.num_rows):
                     number += 1
                     moved(size * number // rows)
                     where = f"{path}, row {number}"
+                    if batch.slice(index, 1).nbytes > ROW_LIMIT:
+                        reading.bad(where, f"a row of more than {ROW_LIMIT:,} bytes")
+                        continue
                     try:
                         yield Row(where, {name: batch[name][index].as_py() for name in batch.schema.names})
                     except UnicodeDecodeError as error:

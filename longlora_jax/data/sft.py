@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from longlora_jax.data.chat_template import Message, TemplateFault, load_chat_template
+from longlora_jax.data.chat_template import FIXED_DAY, Message, TemplateFault, load_chat_template
 from longlora_jax.data.formats import Reading, Row
 from longlora_jax.data.tokenizer import Tokenizer
 from longlora_jax.errors import UserError
@@ -67,7 +67,7 @@ class Llama2Prompt:
 
 def load_prompt(prompt: str, tokenizer_folder: str) -> Prompt:
     """The prompt of a name out of config.DATA_CHOICES: "chat", the tokenizer's own template, or "alpaca"."""
-    return load_chat_template(tokenizer_folder) if prompt == "chat" else Llama2Prompt()
+    return load_chat_template(tokenizer_folder, FIXED_DAY) if prompt == "chat" else Llama2Prompt()
 
 
 def read_examples(
@@ -124,6 +124,8 @@ def messages_of(row: dict[str, Any]) -> list[Message]:
     {instruction, output, input: optional} and {prompt, completion or response}, texts or lists of messages.
     Raises Malformed.
     """
+    # A field that is null is as if it were not there: tables of rows of several forms have all the fields in each.
+    row = {name: value for name, value in row.items() if value is not None}
     for name in ("messages", "conversations"):
         if name in row:
             return _messages(row[name], name)
@@ -236,9 +238,10 @@ def _is_answer(message: Message) -> bool:
 
 
 def _closing(tokenizer: Tokenizer) -> re.Pattern[str]:
-    # The longest first, or "<|end|>" would hide "<|end|>x"; a tokenizer without any closes nothing.
-    tokens = sorted(tokenizer.special_tokens(), key=len, reverse=True)
-    return re.compile(rf"\s*(?:{'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
+    # The longest first, or "<|end|>" would hide "<|end|>x"; a tokenizer without any closes nothing. A run of blanks is
+    # looked at once and as a whole, also those that a token begins with.
+    tokens = sorted({t.lstrip() for t in tokenizer.special_tokens()} - {""}, key=len, reverse=True)
+    return re.compile(rf"(?<!\s)\s*+(?:{'|'.join(map(re.escape, tokens))})" if tokens else r"(?!)")
 
 
 def encode_dialogues(dialogues: list[Dialogue], tokenizer: Tokenizer) -> Iterator[Example]:

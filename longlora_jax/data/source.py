@@ -65,6 +65,8 @@ class Corpus:
     ):
         if source not in SOURCES:
             raise UserError(f"data source {source!r} is not known: use one of {', '.join(SOURCES)}.")
+        if source != "python":
+            check_path(source, path)
         self.source, self.path, self.split = source, path, split
         self.files: list[Path] = []
         self.size: int | None = None
@@ -190,6 +192,12 @@ def is_held_out(name: str, hold_out: tuple[str, ...]) -> bool:
         if held.suffix == ".py" and (path.name == f"{test}.py" or test in path.parts[:-1]):
             return True
     return False
+
+
+def check_path(source: str, path: str) -> None:
+    """Raises UserError for an empty path, which would mean the folder that a command was started in."""
+    if not path:
+        raise UserError(f"data source {source!r} has no path: name a file, a folder or a glob, for hf a dataset")
 
 
 def _select(names: list[str], *, hold_out: tuple[str, ...], only: tuple[str, ...], root: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Text to token ids and back, as the model's own tokenizer does; transformers is rarely needed."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ import tokenizers
 
 from longlora_jax.data.source import Document
 from longlora_jax.errors import UserError
+from longlora_jax.files import one_line, read_json
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +48,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids [tokens] int32 of a text, with BOS where this tokenizer adds one."""
-        return np.array(self._backend.encode(text).ids, np.int32)
+        with _in_one_line("the tokenizer fails at a text"):
+            return np.array(self._backend.encode(text).ids, np.int32)
 
     def encode_batch(self, texts: list[str], *, add_bos: bool = True) -> list[np.ndarray]:
         """Returns encode(text) of every text, computed on all cores; without add_bos, no special token is added."""
-        return [np.array(e.ids, np.int32) for e in self._backend.encode_batch_fast(texts, add_special_tokens=add_bos)]
+        with _in_one_line("the tokenizer fails at a text"):
+            encoded = self._backend.encode_batch_fast(texts, add_special_tokens=add_bos)
+        return [np.array(e.ids, np.int32) for e in encoded]
 
     def special_tokens(self) -> list[str]:
         """Returns the texts of the tokens that stand for no text: BOS, EOS, ends of turns and so on."""
@@ -72,14 +77,19 @@ def load_tokenizer(folder: str) -> Tokenizer:
         raise UserError(f"the folder {folder!r} does not exist: name a folder with a tokenizer.")
     if not (path / "tokenizer.json").is_file():
         return _load_with_transformers(folder)
-    try:
+    with _in_one_line(f"{path / 'tokenizer.json'} cannot be read"):
         content = (path / "tokenizer.json").read_bytes()
         backend = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path / 'tokenizer.json'} cannot be read ({error}): copy it again.") from error
-    config = _read_json(path / "special_tokens_map.json")
-    config |= _read_json(path / "tokenizer_config.json")
-    ids = {role: backend.token_to_id(_content(config.get(f"{role}_token")) or "") for role in ("bos", "eos", "pad")}
+    config = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        config |= read_json(str(path / name)) if (path / name).is_file() else {}
+    ids = {}
+    for role in ("bos", "eos", "pad"):
+        token = config.get(f"{role}_token")
+        token = token.get("content", token) if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise UserError(f"the tokenizer in {path}: {role}_token is no text: mend tokenizer_config.json.")
+        ids[role] = backend.token_to_id(token or "")
     return Tokenizer(
         backend,
         bos_id=ids["bos"],
@@ -118,7 +128,7 @@ def tokenize_documents(
 
 
 def _encode_ahead(documents: Iterable[Document], tokenizer: Tokenizer, add_bos: bool) -> Iterator[np.ndarray]:
-    cores = int(os.environ.get("RAYON_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    cores = _cores()
     # A call keeps one core busy where it holds one long document, and none while its ids become arrays.
     pool = ThreadPoolExecutor(cores + 1)
     waiting: deque[tuple[int, Future[list[np.ndarray]]]] = deque()
@@ -143,6 +153,14 @@ def _encode_ahead(documents: Iterable[Document], tokenizer: Tokenizer, add_bos: 
             ahead -= size
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cores() -> int:
+    """Cores that the tokenizers library uses: it, too, goes over what is no number."""
+    said = os.environ.get("RAYON_NUM_THREADS", "")
+    if said.isdecimal() and int(said):
+        return int(said)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
@@ -179,14 +197,12 @@ def _load_with_transformers(folder: str) -> Tokenizer:
     )
 
 
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        return {}
+@contextlib.contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Makes UserError of what the tokenizers library raises: bare Exception, and panics, which are none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again.") from error
-
-
-def _content(token: str | dict | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what} ({one_line(str(error), 200)}): copy the tokenizer again.") from error

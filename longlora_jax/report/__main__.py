@@ -13,8 +13,9 @@ from typing import Any
 
 from longlora_jax import errors
 from longlora_jax.errors import UserError
+from longlora_jax.files import write_text
 from longlora_jax.report.charts import MOST_FAINT, SMOOTH_SHARE, Line, chip, legend, line_chart, short
-from longlora_jax.report.evals import KINDS, grids, perplexities, read_evaluations
+from longlora_jax.report.evals import KINDS, Evaluation, grids, perplexities, read_evaluations
 from longlora_jax.report.markup import Html, fold, page, table, tag
 from longlora_jax.report.runs import Run, census, defaults, flat, model_of, read_runs
 
@@ -36,8 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     """Reads, renders and writes; argv without the program's name, None for the process's own."""
     args = _parser().parse_args(argv)
     runs = read_runs(args.runs)
-    evaluations = read_evaluations({kind: getattr(args, kind) for kind in KINDS}, runs)
-    _write(args.out, render(runs, evaluations))
+    evaluations, left_out = read_evaluations({kind: getattr(args, kind) for kind in KINDS}, runs)
+    _write(args.out, render(runs, evaluations, left_out))
     logged = ", ".join(f"{run.name} at step {run.step:,} of {run.config['steps']:,}" for run in runs)
     print(f"{args.out}: {logged}; {len(evaluations)} evaluation{'s' * (len(evaluations) != 1)}")
 
@@ -57,21 +58,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(path: str, text: str) -> None:
-    """Writes the page aside first: the file at path is whole at every moment."""
-    aside = f"{path}.incomplete"
     try:
-        # A path may hold bytes that are no UTF-8: they are shown as a sign, and stop nothing.
-        with open(aside, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        os.replace(aside, path)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another --out") from error
 
 
-def render(runs: list[Run], evaluations: list) -> Html:
-    """The page of some runs and what evaluations found."""
+def render(runs: list[Run], evaluations: list[Evaluation], left_out: list[str]) -> Html:
+    """The page of some runs and what evaluations found; left_out: what is wrong with files that are not shown."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
-    body = [tag("h1", title), tag("p", "Report of longlora_jax", class_="soft"), *_notices(runs)]
+    body = [tag("h1", title), tag("p", "Report of longlora_jax", class_="soft"), *_notices(runs, left_out)]
     body.append(tag("div", [_card(run) for run in runs], class_="cards"))
     body += _section("Training", _curves(runs))
     for heading, parts in (
@@ -89,8 +85,9 @@ def _section(heading: str, parts: list[Html]) -> list[Html]:
     return [tag("h2", heading), *parts] if parts else []
 
 
-def _notices(runs: list[Run]) -> list[Html]:
-    texts = [f"{run.name}: no step has been logged yet." for run in runs if not run.lines]
+def _notices(runs: list[Run], left_out: list[str]) -> list[Html]:
+    texts = [f"{fault}. It is left out." for fault in left_out]
+    texts += [f"{run.name}: no step has been logged yet." for run in runs if not run.lines]
     for run in runs:
         for key, steps in run.not_finite().items():
             more = f" and {len(steps) - 1:,} more" if len(steps) > 1 else ""
@@ -207,7 +204,7 @@ def _census(runs: list[Run]) -> list[Html]:
         rows: list[list[Any]] = [[n, f"{g['trainable']:,}", f"{g['frozen']:,}"] for n, g in groups.items()]
         trains, frozen = (sum(g[kind] for g in groups.values()) for kind in ("trainable", "frozen"))
         rows.append(["all", f"{trains:,}", f"{frozen:,}"])
-        share = f"{run.name}: {trains:,} of {trains + frozen:,} train ({trains / (trains + frozen):.2%})"
+        share = f"{run.name}: {trains:,} of {trains + frozen:,} train ({trains / (trains + frozen or 1):.2%})"
         body = table(["group", "trainable", "frozen"], rows, class_="numbers")
         parts.append(fold([chip(run.letter, ord(run.letter) - ord("A")), share], body, is_open=len(runs) == 1))
     return parts

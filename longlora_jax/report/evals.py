@@ -1,6 +1,5 @@
 """Results of evaluations, as JSON files hold them, on the page: perplexity by length, grids by length and depth."""
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -12,7 +11,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.files import one_line
 from longlora_jax.report.charts import Line, chip, heat_cell, line_chart, short
 from longlora_jax.report.markup import Html, table, tag
-from longlora_jax.report.runs import Run
+from longlora_jax.report.runs import Run, parse_numbers
 
 # The fields by which a result is known. A needle's is a passkey's with a score, so it is asked first.
 KINDS = {
@@ -32,14 +31,21 @@ class Evaluation:
     results: list[dict[str, Any]]
 
 
-def read_evaluations(given: dict[str, list[str]], runs: list[Run]) -> list[Evaluation]:
-    """The files given by kind, then those that lie in the workdirs. Raises UserError if a given one is of no use."""
+def read_evaluations(given: dict[str, list[str]], runs: list[Run]) -> tuple[list[Evaluation], list[str]]:
+    """The files given by kind, then those that lie in the workdirs; and what is wrong with those that cannot be read.
+
+    Raises UserError if a given one is of no use.
+    """
+    left_out: list[str] = []
     found = [e for kind, paths in given.items() for path in paths for e in _read_given(path, kind)]
     seen = {os.path.realpath(e.path) for e in found}
     for path in (p for run in runs for p in sorted(Path(run.path).glob("*.json"))):
-        if os.path.realpath(path) not in seen:
-            found += [e for e in _read(str(path)) if e.kind in KINDS]
-    return found
+        if path.is_file() and os.path.realpath(path) not in seen:
+            try:
+                found += _read(str(path))
+            except UserError as error:
+                left_out.append(str(error))
+    return found, left_out
 
 
 def _read_given(path: str, kind: str) -> list[Evaluation]:
@@ -55,7 +61,7 @@ def _read_given(path: str, kind: str) -> list[Evaluation]:
 def _read(path: str) -> list[Evaluation]:
     """What a JSON file holds of evaluations; [] if it holds none. The table of make quickstart is several."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_numbers(Path(path).read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {one_line(str(error), 200)}") from error
     if not isinstance(content, dict):
@@ -74,15 +80,20 @@ def _kind(results: Any) -> str | None:
     if not isinstance(results, list) or not results or not all(isinstance(r, dict) for r in results):
         return None
     for kind, fields in KINDS.items():
-        if all(fields <= set(r) and all(_is_number(r[f]) for f in fields) and _is_placed(r) for r in results):
+        if all(fields <= set(r) and all(_is_number(r[f]) for f in fields) and _is_sound(r) for r in results):
             return kind
     return None
 
 
-def _is_placed(result: dict[str, Any]) -> bool:
-    """Whether the lengths and depths of a result are some: its scores may be anything, NaN too."""
-    lengths = [result[key] for key in ("seq_len", "length") if key in result]
-    return all(1 <= t < math.inf for t in lengths) and 0 <= result.get("depth", 0) < math.inf
+def _is_sound(result: dict[str, Any]) -> bool:
+    """Whether lengths and depths of a result are some: its scores may be anything, NaN too."""
+    lengths = [result[key] for key in ("seq_len", "length", "stride") if result.get(key) is not None]
+    depth, quarter = result.get("depth", 0), result.get("last_quarter") or {}
+    return (
+        all(_is_number(t) and 1 <= t < 1e12 and t == int(t) for t in lengths)
+        and (_is_number(depth) and 0 <= depth < math.inf)
+        and isinstance(quarter, dict)
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -93,7 +104,7 @@ def _name(evaluation: Evaluation, runs: list[Run]) -> tuple[str, Run | None]:
     """What a model is called on the page, and the run whose workdir it is."""
     model = str(evaluation.head.get("model", "a model"))
     for run in runs:
-        if os.path.realpath(model) == os.path.realpath(run.path):
+        if _same(model, run.path):
             return f"{run.name}, trained", run
     bases = [run for run in runs if run.config.get("init_from") and _same(model, run.config["init_from"])]
     name = os.path.basename(model.rstrip("/")) or model
@@ -103,7 +114,10 @@ def _name(evaluation: Evaluation, runs: list[Run]) -> tuple[str, Run | None]:
 
 
 def _same(a: str, b: str) -> bool:
-    return os.path.realpath(a) == os.path.realpath(b)
+    try:
+        return os.path.realpath(a) == os.path.realpath(b)
+    except ValueError:  # a name that no path can have
+        return False
 
 
 def perplexities(evaluations: list[Evaluation], runs: list[Run]) -> list[Html]:
@@ -123,7 +137,8 @@ def perplexities(evaluations: list[Evaluation], runs: list[Run]) -> list[Html]:
             rows, length = by_data[_and_more(names)], result["seq_len"]
             key = (name, run.letter if run else "")
             if rows[key].get(length, result).get("stride") != result.get("stride"):
-                key = (f"{name}, stride {result['stride']:,}", "")
+                stride = result.get("stride")
+                key = (f"{name}, stride {stride:,}" if stride else f"{name}, no stride", "")
             rows[key][length] = result
     return [part for where, rows in by_data.items() for part in _perplexity_of(where, rows, runs)]
 
@@ -148,7 +163,7 @@ def _perplexity_of(where: str, rows: dict, runs: list[Run]) -> list[Html]:
         last = quarter.get("perplexity")
         body.append([[chip(key, colour), name], *cells, f"{last:.2f}" if _is_number(last) else "–"])
     how = "Lower is better. Full attention unless named otherwise."
-    if any(r.get("stride", length) < length for results in rows.values() for length, r in results.items()):
+    if any((r.get("stride") or length) < length for results in rows.values() for length, r in results.items()):
         how += " Windows that overlap (stride below the length) score only what is new in them."
     head = ["", *(f"{length:,}" for length in lengths), f"last quarter of {lengths[-1]:,}"]
     parts = [tag("div", table(head, body, class_="numbers"), tag("p", how, class_="soft"))]

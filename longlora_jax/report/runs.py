@@ -11,11 +11,13 @@ from typing import Any
 
 from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
 from longlora_jax.errors import UserError
+from longlora_jax.fields import type_faults
 from longlora_jax.files import one_line, read_json
 from longlora_jax.trainable import TRAINED_GROUPS, group_of
 from longlora_jax.weights import weight_rules
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MOST = 2**53  # more than any number of a config is
 
 
 @dataclasses.dataclass
@@ -84,15 +86,43 @@ def _read(path: str, letter: str, name: str) -> Run:
     if not folder.is_dir():
         raise UserError(f"there is no folder {path}: give the --workdir of a run of train.py")
     config = read_json(str(folder / "config.json")) if (folder / "config.json").is_file() else {}
-    if not all(isinstance(config.get(key), int) for key in ("seq_len", "steps", "batch_size")):
+    if not all(key in config for key in ("seq_len", "steps", "batch_size")):
         inside = sorted(p.parent.name for p in folder.glob("*/metrics.jsonl"))
         hint = f"it holds some: {', '.join(inside)}" if inside else "give the --workdir of a run of train.py"
         raise UserError(f"{path} is no workdir of a run: {one_line(hint, 200)}")
+    _check(config, str(folder / "config.json"))
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
         return Run(letter, name, path, config, [], "")
     written = datetime.datetime.fromtimestamp(metrics.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
     return Run(letter, name, path, config, read_metrics(str(metrics)), written)
+
+
+def _check(config: dict[str, Any], path: str) -> None:
+    """Raises UserError if a config as JSON gives it holds anything that this version's does not."""
+    try:
+        made = from_dict(Config, {key: value for key, value in config.items() if key != "base_fingerprint"})
+        numbers = {k: v for k, v in flat(config).items() if isinstance(v, int | float)}
+        faults = [*type_faults(made), *(f"{k}={v} is out of range" for k, v in numbers.items() if not abs(v) < MOST)]
+    except (UserError, TypeError) as error:  # a field that is unknown or missing
+        faults = [str(error)]
+    except (AttributeError, StopIteration):
+        faults = ["one of its parts is no object"]
+    if faults:
+        raise UserError(f"{path} is no config of a run: {one_line('; '.join(faults), 300)}")
+
+
+def parse_numbers(text: str) -> Any:
+    """JSON whose numbers can be reckoned with: those beyond 1e100 are infinite, those below 1e-100 are 0.
+
+    Raises ValueError or RecursionError.
+    """
+    return json.loads(text, parse_float=_number, parse_int=lambda d: int(d) if len(d) < 16 else _number(d))
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    return math.copysign(math.inf, value) if abs(value) > 1e100 else value if abs(value) > 1e-100 else 0.0
 
 
 def read_metrics(path: str) -> list[dict[str, Any]]:
@@ -108,10 +138,11 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(texts[:-1], 1):
         try:
-            line = json.loads(text)
-            if not isinstance(line["step"], int) or not all(isinstance(v, int | float) for v in line.values()):
+            line = parse_numbers(text)
+            step = line["step"]
+            if type(step) is not int or step < 0 or not all(isinstance(v, int | float) for v in line.values()):
                 raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(
                 f"{path}, line {number} is not an object of numbers with a step: {one_line(text, 60)!r}; remove it"
             ) from None
