@@ -167,7 +167,9 @@ class Config:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mixture: tuple[DataConfig, ...] = ()  # more data: every batch takes rows of all by their weights
-    workers: int = 0  # processes that read and pack ahead; 0: a thread of this one. Batches are the same
+    # Processes that read and pack ahead; 0: a thread of this one. Batches are the same. Of data in memory each process
+    # has a copy; of what longlora_jax.data.prepare has written, none.
+    workers: int = 0
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -205,16 +207,8 @@ DATA_CHOICES = {
     "on_bad_row": ("stop", "skip"),
 }
 POSITIVE = (
-    "seq_len",
-    "steps",
-    "batch_size",
-    "accumulation",
-    "loss_chunk",
-    "chunks",
-    "log_every",
-    "save_every",
-    "keep_checkpoints",
-    "max_bad_steps",
+    *("seq_len", "steps", "batch_size", "accumulation", "loss_chunk", "chunks"),
+    *("log_every", "save_every", "keep_checkpoints", "max_bad_steps"),
 )
 
 
@@ -238,6 +232,8 @@ def validate(config: Config) -> None:
     for name, data in data_parts(config).items():
         if isinstance(data, DataConfig):
             faults += _data_faults(name, data, config.seq_len)
+            if not data.path and data.source != "python" and (config.eval.every or name != "eval.data"):
+                faults.append(f"{name}.path is empty: name a file, a folder or a glob, or what its source needs")
         else:
             faults.append(f"{name} is a {type(data).__name__}: give a DataConfig")
     if config.workers < 0:
@@ -333,8 +329,9 @@ def _group_faults(attention: AttentionConfig, seq_len: int) -> list[str]:
 def from_dict(kind, values: dict):
     """The inverse of dataclasses.asdict: a config of dataclass `kind` out of nested dicts (as JSON gives them)."""
     hints = typing.get_type_hints(kind)
-    known = {f.name for f in dataclasses.fields(kind)}
-    if unknown := set(values) - known:
+    if not isinstance(values, dict):
+        raise UserError(f"{kind.__name__} is {str(values)[:50]!r} here: it is an object of fields")
+    if unknown := set(values) - set(hints):
         raise UserError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
 
     def restore(hint, value):

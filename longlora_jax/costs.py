@@ -130,7 +130,8 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
     layer, forward and again backward, lm_head once; looked-up embeddings go home and their gradients back; attention
     exchanges what context_parallel says, forward, again for the backward pass, and as gradients; the other trainables'
     gradients are summed. A tensor axis sums eight arrays of activations a layer (o, down; o again; the gradients of q,
-    k, v, gate and up) and two of embeddings; heads that XLA moves about over it are not counted, nor tokens and norms.
+    k, v, gate and up) and two of embeddings; heads that XLA moves about over it are not counted, nor tokens and norms,
+    nor what chunks gather and exchange once more.
     """
     c = config.model
     assert c is not None

@@ -106,7 +106,7 @@ def new_folder(folder: str, *, resume: bool = False) -> Iterator[str]:
                 empty(aside)
             try:
                 yield aside
-                _to_disk(aside)
+                to_disk(aside)
                 os.rename(aside, folder)
             except BaseException:
                 if not resume:
@@ -138,7 +138,7 @@ def empty(folder: str) -> None:
             os.unlink(entry.path)
 
 
-def _to_disk(folder: str) -> None:
+def to_disk(folder: str) -> None:
     """Waits until every file of the folder is on the disk: a rename must not overtake what it names."""
     for parent, _, names in os.walk(folder):
         for path in (*(os.path.join(parent, name) for name in names), parent):

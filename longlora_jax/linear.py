@@ -111,7 +111,7 @@ class SwiGLU(flax.struct.PyTreeNode):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def over_heads(attend_heads, q: Linear, k: Linear, v: Linear, x, *, chunks: int, parts: int):
+def over_heads(attend_heads, q: Linear, k: Linear, v: Linear, x, *, mesh: Mesh | None, chunks: int, parts: int):
     """attend_heads(q, k, v, x) -> [B, T, n, H], for a share of the heads at a time: [B, T, N, H] of all."""
     if chunks == 1:
         return attend_heads(q, k, v, x)
@@ -126,7 +126,7 @@ def over_heads(attend_heads, q: Linear, k: Linear, v: Linear, x, *, chunks: int,
     # Every chunk writes where its heads belong: stacked chunks would be as large again when they are put in order.
     n, h = q.kernel.shape[1:]
     out = jnp.zeros((*x.shape[:2], parts, chunks, n // parts // chunks, h), x.dtype)
-    weights = tuple(w.split_heads(chunks, parts) for w in (q, k, v))
+    weights = tuple(w.split_heads(chunks, parts) for w in _gathered((q, k, v), mesh))
     out, _ = jax.lax.scan(one, out, (jnp.arange(chunks), weights))
     return out.reshape(*x.shape[:2], n, h)
 
@@ -160,11 +160,19 @@ def over_sequence(f, weights, *arrays, mesh: Mesh | None, chunks: int):
         return y.reshape(*pieces[0].shape[:3], *y.shape[2:])
 
     rows = () if mesh is None else row_axes(b, mesh)
-    if mesh is not None and mesh.shape["tensor"] == 1:
-        # The weights are gathered here, once, and not by every chunk. Features over a tensor axis stay where they are.
-        weights = jax.tree.map(held, weights)
+    weights = _gathered(weights, mesh)
     out = jax.lax.map(jax.checkpoint(one), (jnp.arange(chunks), tuple(map(cut, arrays))))
     return jnp.moveaxis(held(out, None, rows, "context"), 0, 2).reshape(b, t, *out.shape[4:])
+
+
+def _gathered(weights, mesh: Mesh | None):
+    """Weights on every device, so that they are gathered once and not by every chunk.
+
+    Features over a tensor axis stay where they are.
+    """
+    if mesh is None or mesh.size == 1 or mesh.shape["tensor"] > 1:
+        return weights
+    return jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))
 
 
 def _of_chunk(weights, index):

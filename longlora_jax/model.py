@@ -129,7 +129,7 @@ class Attention(nn.Module):
                 return attend_on_mesh(q, k, v, self.pattern, self.mesh, segment_ids=segment_ids)
 
         if cache is None:
-            y = over_heads(attend_heads, q, k, v, x, **self._head_chunks(x.shape[1]))
+            y = over_heads(attend_heads, q, k, v, x, mesh=self.mesh, **self._head_chunks(x.shape[1]))
         else:
             x = norm(x)
             with jax.named_scope("attend"):

@@ -89,14 +89,21 @@ def assert_same(one: tuple, other: tuple) -> None:
     assert one[2] == other[2]
 
 
-def disturbed(chain: Chain, events: dict[str, int], kills: dict[str, int], rng: random.Random) -> dict[str, int]:
-    """Runs the chain to its end, with up to so many kills of each command; how many there were."""
+def disturbed(chain: Chain, events: dict[str, int], kills: dict[str, int], rng: random.Random, least: int = 1):
+    """Runs the chain to its end, with up to so many kills of each command; {command: how many there were}.
+
+    least: the first event of training at which it may be killed.
+    """
     done = dict.fromkeys(kills, 0)
     for name, wanted in kills.items():
         while done[name] < wanted:
             # A training run that is far has little left to do: early moments let every attempt be killed.
             most = events[name] if name != "train" else events[name] // 3
-            if not chain.run(name, rng.randint(1, most), rng.random() * (0.06 if name == "train" else 0.005)):
+            if not chain.run(
+                name,
+                rng.randint(least if name == "train" else 1, most),
+                rng.random() * (0.06 if name == "train" else 0.005),
+            ):
                 break
             done[name] += 1
         chain.run(name)
@@ -108,7 +115,7 @@ def test_a_few_kills_change_nothing(undisturbed, environment, home, tmp_path):
     or there twice; half a corpus, model or checkpoint that is taken for a whole one."""
     expected, events = undisturbed
     chain = Chain(environment, home, tmp_path / "chain")
-    kills = disturbed(chain, events, {"prepare": 1, "convert": 1, "train": 2}, random.Random(7))
+    kills = disturbed(chain, events, {"prepare": 1, "convert": 1, "train": 2}, random.Random(7), events["train"] // 4)
     assert kills["train"] == 2 and sum(kills.values()) >= 3
     assert [line["step"] for line in expected[0]] == list(range(1, 25))
     assert_same(expected, chain.result())

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from longlora_jax import hf, run
-from longlora_jax.config import Config, validate
+from longlora_jax.config import Config, from_dict, validate
+from longlora_jax.errors import UserError
 from longlora_jax.trainable import count
 from longlora_jax.trainer import train_step
 
@@ -75,3 +76,11 @@ def test_paper_windows_and_factors():
     assert config.attention.group_tokens(config.seq_len) == 25_000
     assert config.model.rope_scaling.factor == 25
     assert config.model.max_position_embeddings == 100_000
+
+
+def test_a_saved_config_of_another_form_is_refused():
+    """Catches: a traceback for a config.json that somebody edited."""
+    with pytest.raises(UserError, match="DataConfig is .* here: it is an object of fields"):
+        from_dict(Config, {"seq_len": 8, "steps": 1, "data": []})
+    with pytest.raises(UserError, match="Config has no field seqlen"):
+        from_dict(Config, {"seqlen": 8})

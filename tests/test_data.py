@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from longlora_jax import data
+from longlora_jax.config import Config, DataConfig, validate
 from longlora_jax.errors import UserError
 
 REPO = Path(__file__).parents[1]
@@ -36,6 +37,19 @@ def held_out() -> list[data.Document]:
 
 
 # Sources
+
+
+def test_a_config_without_a_path_is_refused():
+    """Catches: a run that trains on every file of the folder that it happens to be started in."""
+    config = Config(seq_len=16, steps=1, init_from="x", data=DataConfig(source="jsonl"))
+    with pytest.raises(UserError, match="^data.path is empty"):
+        validate(config)
+    config.data.path, config.eval.every = "x", 5
+    with pytest.raises(UserError, match="^eval.data.path is empty"):
+        validate(config)
+    config.eval.data.source, config.mixture = "python", (DataConfig(),)
+    with pytest.raises(UserError, match=r"^mixture\[0\].path is empty"):
+        validate(config)
 
 
 def test_held_out_modules_and_their_tests_are_never_trained_on(tmp_path):

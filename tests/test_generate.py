@@ -300,10 +300,9 @@ def test_questions_share_the_text(memory, tmp_path, capsys):
     assert both["shared_tokens"] > 60 and [a["question"] for a in both["answers"]] == questions
     assert both["prefill_seconds"] >= both["shared_seconds"] > 0
     assert capsys.readouterr().out.startswith(f"> {questions[0]}\n{both['answers'][0]['text']}")
-    for question, answer in zip(questions, both["answers"], strict=True):
-        alone = run(tmp_path, *flags, "--question", question)
-        assert alone["shared_tokens"] == 0 and alone["tokens"] == answer["tokens"]
-        assert alone["prompt_tokens"] == answer["prompt_tokens"]
+    alone, second = run(tmp_path, *flags, "--question", questions[1]), both["answers"][1]
+    assert alone["shared_tokens"] == 0 and alone["tokens"] == second["tokens"]
+    assert alone["prompt_tokens"] == second["prompt_tokens"]
 
 
 def wrong_uses(folder: Path):

@@ -99,7 +99,8 @@ def test_a_mesh_draws_the_noise_of_one_device():
     """Catches: every device with the same noise for its own part, and a run that changes with its mesh."""
 
     def step_on(mesh):
-        model = Llama(tiny_config(num_key_value_heads=4, vocab_size=40), lora=LORA, mesh=mesh, neftune_alpha=50.0)
+        sizes = tiny_config(num_key_value_heads=4, vocab_size=40, num_hidden_layers=1)
+        model = Llama(sizes, lora=LORA, mesh=mesh, neftune_alpha=50.0)
         params = jax.device_put(
             random_params(model), weight_shardings(mesh, logical_axes(model), abstract_params(model))
         )
@@ -118,7 +119,7 @@ def test_a_mesh_draws_the_noise_of_one_device():
 def test_the_config_reaches_the_model():
     """Catches: a field of the config that nothing reads, or a negative alpha taken as given."""
     config = Config(seq_len=16, steps=1, mode="full", model=tiny_config(), neftune_alpha=ALPHA)
-    config.data.tokenizer = "."
+    config.data.tokenizer = config.data.path = "."
     validate(config)
     assert run.build_model(config).neftune_alpha == ALPHA
     for wrong in (-1.0, float("nan"), float("inf")):

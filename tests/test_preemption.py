@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
+from test_loader import children, packed
 from test_multi_process import Launched, environment, s2_run  # noqa: F401
 from test_train_script import environment as script_environment  # noqa: F401
 from test_train_script import home, lora_plus, read_metrics, start, write_config  # noqa: F401
 
-from longlora_jax import distributed
+from longlora_jax import data, distributed
 from longlora_jax.config import EvalConfig
 from longlora_jax.watch import AGAIN, Watch
 
@@ -97,6 +99,17 @@ def test_nothing_hangs_for_good(how, signals, limits, said):
     assert code == AGAIN and err.startswith(said) and err.count("\n") == (1 if said else 0)
     assert ("saved " in out) == (not said)
     assert "moved" not in said or "(watched.py, line" in err and "time.sleep(60))" in err  # where it stands
+
+
+def test_readers_leave_sigterm_to_the_run():
+    """Catches: "a worker process was ended from outside" instead of a save, where a scheduler sends SIGTERM to all
+    processes."""
+    batches = data.batches(packed(), batch_size=2, seed=0, workers=1)
+    next(batches)
+    for pid in children():
+        os.kill(pid, signal.SIGTERM)
+    assert len(list(islice(batches, 50))) == 50
+    batches.close()
 
 
 class Told:

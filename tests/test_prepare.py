@@ -137,6 +137,53 @@ def test_stopped_work_goes_on_and_ends_as_if_undisturbed(tmp_path, job, monkeypa
     assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
 
 
+@pytest.mark.parametrize("after", [0, 1, 5, 10**6])
+def test_a_stop_while_it_tidies_up_costs_nothing(tmp_path, job, monkeypatch, after):
+    """Catches: finished shards made again, or another job's taken over, after a kill between the manifest and the name.
+
+    after: files that are removed before it.
+    """
+    prepare(job, str(tmp_path / "wanted"))
+    unlink, removed = os.unlink, []
+
+    def counted(path, *args, **kwargs):
+        if ".out.incomplete" not in str(path):
+            return unlink(path, *args, **kwargs)
+        if len(removed) == after:
+            raise Killed
+        removed.append(path)
+        unlink(path, *args, **kwargs)
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr(os, "unlink", counted)
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(Killed):
+        prepare(job, str(tmp_path / "out"))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="unfinished work with another add_bos"):
+        prepare(replace(job, add_bos=False), str(tmp_path / "out"))
+    monkeypatch.setattr(command, "_write_shards", killed)
+    prepare(job, str(tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "wanted")
+
+
+def test_a_first_try_that_finished_nothing_binds_nobody(tmp_path, job):
+    """Catches: a corrected call that is refused because the wrong one came first."""
+    path = tmp_path / "in" / "a.jsonl"
+    path.write_text("{\n" + path.read_text())
+    with pytest.raises(UserError, match="a.jsonl, line 1: not JSON"):
+        prepare(job, str(tmp_path / "out"))
+    assert prepare(replace(job, on_bad_row="skip"), str(tmp_path / "out"))["skipped_rows"] == 1
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path, job):
+    """Catches: a traceback of the library that writes the records."""
+    with pytest.raises(UserError, match=r"o\\udcff is no UTF-8: give another name"):
+        prepare(job, str(tmp_path / "o\udcff"))
+
+
 def test_a_killed_process_leaves_what_the_next_one_goes_on_with(tmp_path):
     """Catches: the same for a real kill -9, in the middle of whatever it was doing."""
     for n in range(20):
@@ -180,6 +227,11 @@ def test_a_changed_source_or_job_is_not_mixed_in(tmp_path, job, monkeypatch):
     path.write_text(path.read_text().replace("f_0", "g_0"))
     with pytest.raises(UserError, match="the corpus has changed since shard-00000.array_record was made"):
         prepare(job, str(tmp_path / "out"))
+    path.write_text(path.read_text().replace("g_0", "f_0"))
+    rest = (tmp_path / "in" / "b.jsonl").rename(tmp_path / "b.jsonl")  # the corpus ends before the shards do
+    with pytest.raises(UserError, match="the corpus has changed since shard-0000[1-9].array_record was made"):
+        prepare(job, str(tmp_path / "out"))
+    rest.rename(tmp_path / "in" / "b.jsonl")
     shutil.rmtree(tmp_path / ".out.incomplete")
     prepare(job, str(tmp_path / "out"))
     with pytest.raises(UserError, match="out exists already"):
@@ -274,6 +326,23 @@ def shift_first(path: Path) -> None:
         ("manifest.json", rewrite(lambda m: m.update(shards=[5])), "manifest.json lacks or mistakes"),
         ("manifest.json", rewrite(lambda m: m.update(encoding="utf8")), "manifest.json lacks or mistakes"),
         ("manifest.json", rewrite(lambda m: m["shards"][0].update(records=4)), "do not agree"),
+        ("manifest.json", rewrite(lambda m: m["shards"][0].update(records="abc")), "manifest.json lacks or mistakes"),
+        (
+            "manifest.json",
+            rewrite(lambda m: m["shards"][0].update(records=float("inf"))),
+            "manifest.json lacks or mist",
+        ),
+        ("manifest.json", rewrite(lambda m: m["shards"][0].update(records=10**30)), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m["shards"][0].update(file="a\0b")), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m["shards"][0].update(file="\ud800")), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m["shards"][0].update(file="../out/x")), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m["shards"][0].update(file="..")), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m.update(encoding="float64")), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m.update(eos_id="x")), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m.update(eos_id=4096)), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m.update(vocab_size=5)), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m.update(vocab_size=None)), "manifest.json lacks or mistakes"),
+        ("manifest.json", rewrite(lambda m: m.update(tokenizer={"folder": 1, "fingerprint": 2})), "lacks or mistakes"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_line(tmp_path, job, tokenizer, name, damage, message):
@@ -283,6 +352,14 @@ def test_a_damaged_folder_is_refused_in_one_line(tmp_path, job, tokenizer, name,
     with pytest.raises(UserError, match=message) as caught:
         whole(open_documents(DataConfig(source="arrayrecord", path=str(tmp_path / "out")), tokenizer))
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_an_id_past_the_vocabulary_is_refused(tmp_path, job):
+    """Catches: ids past the embedding, which XLA would clamp in silence, out of a folder of somebody else's."""
+    prepare(job, str(tmp_path / "out"))
+    rewrite(lambda m: m.update(vocab_size=100))(tmp_path / "out" / "manifest.json")
+    with pytest.raises(UserError, match="is damaged: .* holds the id [0-9]+, the vocabulary has 100"):
+        whole(Prepared(str(tmp_path / "out")))
 
 
 def test_an_opened_corpus_travels_to_other_processes(tmp_path, job):

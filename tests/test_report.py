@@ -238,11 +238,26 @@ def test_grids(run, tmp_path):
     write_json(f"{run}/passkey.json", {"model": run, "results": results})
     needle = tmp_path / "needle.json"
     write_json(str(needle), {"model": "m", "results": [{**r, "score": 0.25} for r in results[:1]]})
+    write_json(f"{run}/no_score.json", {"model": "m", "results": [{**results[0], "score": math.nan}]})
     page = read(tmp_path, run, "--needle", str(needle))
     assert page.row("0%") == ["5/5", "0/5"] and page.row("100%") == ["4/5", "1/5"]
     assert ["0%", "0.25"] in page.rows
+    assert ["0%", "nan"] in page.rows  # a score that is none stops nothing
     looks = [attrs["style"] for tag, attrs in page.tags if tag == "td" and "of 5 right" in attrs.get("title", "")]
     assert "rgb(8,69,148)" in looks[0] and "rgb(236,242,248)" in looks[1]
+
+
+def test_topics_and_questions_about_long_texts(run, tmp_path):
+    """Catches: results that are on no page, a length's questions among another's, an average over sizes as the mean."""
+    topics = [{"length": t, "tokens": t - 3, "trials": 4, "correct": c} for t, c in ((512, 4), (1024, 1))]
+    asked = ((500, 1, 1), (512, 0, 0.5), (513, 0, 0.25))
+    answers = [{"row": i, "tokens": t, "exact_match": e, "f1": f} for i, (t, e, f) in enumerate(asked)]
+    write_json(f"{run}/topics.json", {"task": "topics", "model": run, "results": topics})
+    write_json(str(tmp_path / "qa.json"), {"task": "longqa", "model": "m", "data": "law.jsonl", "results": answers})
+    page = read(tmp_path, run, "--longqa", str(tmp_path / "qa.json"))
+    assert ["", "512", "1,024"] in page.rows and page.row("right") == ["4/4", "1/4"]
+    assert ["tokens up to", "512", "1,024", "all"] in page.rows and "law.jsonl" in page.text
+    assert page.row("exact match") == ["0.50", "0.00", "0.33"] and page.row("F1") == ["0.75", "0.25", "0.58"]
 
 
 def test_the_table_of_the_quickstart(run, tmp_path):

@@ -24,7 +24,7 @@ from longlora_jax.data.prepared import INDEX, MANIFEST, RECORD_TOKENS, VERSION, 
 from longlora_jax.data.source import SOURCES, Corpus, Document
 from longlora_jax.data.tokenizer import Tokenizer, end_of, load_tokenizer, tokenize_documents
 from longlora_jax.errors import UserError
-from longlora_jax.files import new_folder, read_json, write_json
+from longlora_jax.files import empty, new_folder, read_json, to_disk, write_json
 from longlora_jax.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -77,24 +77,28 @@ def prepare(job: Job, out: str) -> dict[str, Any]:
     Raises UserError for what cannot be read, if `out` exists, and if unfinished work there is of another job or of
     a source that has changed.
     """
+    if not out.isascii() and any("\ud800" <= c <= "\udfff" for c in out):  # bytes of a command line
+        raise UserError(f"{ascii(out)[1:-1]} is no UTF-8: give another name")
     tokenizer = load_tokenizer(job.tokenizer)
     end_of(tokenizer)
     corpus = Corpus(job.source, job.path, hold_out=job.hold_out, split=job.split, streaming=job.streaming)
     with new_folder(out, resume=True) as folder:
-        _check_same_work(folder, job, tokenizer)
         shards = _finished_shards(folder)
-        if shards:
-            log.info("going on after %d shards, %s tokens", len(shards), f"{sum(s.tokens for s in shards):,}")
-        if not (shards and shards[-1].last):
-            shards = _write_shards(folder, job, corpus, tokenizer, shards)
-        if not shards:
-            raise UserError(f"no document of {job.path!r} has a token: name another corpus")
-        manifest = _manifest(folder, job, corpus, tokenizer, shards)
-        for shard in shards:
-            for suffix in (".json", ".npy"):
-                os.unlink(os.path.join(folder, shard.file + suffix))
-        os.unlink(os.path.join(folder, WORK))
-        write_json(os.path.join(folder, MANIFEST), manifest)
+        path = os.path.join(folder, MANIFEST)
+        _check_same_work(folder, job, tokenizer, begun=bool(shards) or os.path.exists(path))
+        if not os.path.exists(path):
+            if shards:
+                log.info("going on after %d shards, %s tokens", len(shards), f"{sum(s.tokens for s in shards):,}")
+            if not (shards and shards[-1].last):
+                shards = _write_shards(folder, job, corpus, tokenizer, shards)
+            if not shards:
+                raise UserError(f"no document of {job.path!r} has a token: name another corpus")
+            write_json(path, _manifest(folder, job, corpus, tokenizer, shards))
+            to_disk(folder)
+        manifest = read_json(path)
+        kept = {MANIFEST, INDEX, SOURCES_FILE, *(shard["file"] for shard in manifest["shards"])}
+        for name in sorted({*os.listdir(folder)} - kept, key=lambda name: name == WORK):  # WORK is the last
+            os.unlink(os.path.join(folder, name))
     return manifest
 
 
@@ -118,12 +122,17 @@ class _Texts:
                 self.notes.append((self.reading.position, self.reading.skipped, full))
                 yield document
             elif full and full != self._done[shard].text_sha256:
-                raise UserError(
-                    f"the corpus has changed since {self._done[shard].file} was made of it: remove the unfinished "
-                    "folder beside --out to begin again"
-                )
+                raise self._changed(shard)
             if full:
                 shard, characters, digest = shard + 1, 0, hashlib.sha256()
+        if shard < len(self._done):
+            raise self._changed(shard)
+
+    def _changed(self, shard: int) -> UserError:
+        return UserError(
+            f"the corpus has changed since {self._done[shard].file} was made of it: remove the unfinished "
+            "folder beside --out to begin again"
+        )
 
 
 def _write_shards(folder: str, job: Job, corpus: Corpus, tokenizer: Tokenizer, done: list[Shard]) -> list[Shard]:
@@ -202,13 +211,18 @@ class _ShardWriter:
         return shard
 
 
-def _check_same_work(folder: str, job: Job, tokenizer: Tokenizer) -> None:
-    path = os.path.join(folder, WORK)
+def _check_same_work(folder: str, job: Job, tokenizer: Tokenizer, *, begun: bool) -> None:
+    path, manifest = os.path.join(folder, WORK), os.path.join(folder, MANIFEST)
     work = json.loads(json.dumps({**asdict(job), "format_version": VERSION, "fingerprint": tokenizer.fingerprint}))
-    if not os.path.exists(path):
+    if not begun:
+        empty(folder)  # nothing that a first try left, perhaps with wrong arguments, is of use
         write_json(path, work)
         return
-    saved = read_json(path)
+    if os.path.exists(path):
+        saved = read_json(path)
+    else:  # removed a moment before the folder was to get its name
+        said = read_json(manifest)
+        saved = {**work, **said["source"], "add_bos": said["add_bos"], "fingerprint": said["tokenizer"]["fingerprint"]}
     if changed := [name for name in work if work[name] != saved.get(name)]:
         raise UserError(
             f"{folder} holds unfinished work with another {', '.join(changed)}: start with the same arguments to go "

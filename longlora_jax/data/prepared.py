@@ -8,6 +8,7 @@ little-endian uint16 or uint32, so that a window of a book is read without the b
 import hashlib
 import json
 import os
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from longlora_jax.data.tokenizer import Tokenizer
 from longlora_jax.errors import UserError
-from longlora_jax.files import read_json
+from longlora_jax.files import one_line, read_json
 
 VERSION = 1
 RECORD_TOKENS = 65_536
@@ -47,13 +48,13 @@ class Prepared:
             )
         self.manifest = manifest = read_json(os.path.join(folder, MANIFEST))
         if (version := manifest.get("format_version")) != VERSION:
-            raise UserError(
-                f"{folder} is of format version {version!r}, this program reads {VERSION}: prepare it again."
-            )
+            said = one_line(repr(version), 50)
+            raise UserError(f"{folder} is of format version {said}, this program reads {VERSION}: prepare it again.")
         try:
+            _check_types(manifest)
             self.eos_id: int | None = manifest["eos_id"]
             self._dtype = np.dtype(manifest["encoding"]).newbyteorder("<")
-            self._shards = [(str(s["file"]), int(s["records"]), str(s["sha256"])) for s in manifest["shards"]]
+            self._shards = [(s["file"], s["records"], s["sha256"]) for s in manifest["shards"]]
             self._ends = np.cumsum([records for _, records, _ in self._shards], dtype=np.int64)
             self._check_shards()
             self.lengths, self._first = self._read_index()
@@ -63,8 +64,8 @@ class Prepared:
                 raise UserError(
                     f"{folder} was prepared with add_bos={manifest['add_bos']}: set add_bos so, or prepare it again."
                 )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(f"{MANIFEST} lacks or mistakes {error}") from error
+        except (KeyError, TypeError) as error:
+            raise self._damaged(f"{MANIFEST} lacks or mistakes {one_line(str(error), 200)}") from error
 
     def __reduce__(self):
         return Prepared, (self.folder,)
@@ -100,7 +101,11 @@ class Prepared:
             raise self._damaged(f"{name} cannot be read ({str(error).splitlines()[0][:200]})") from error
         if len(record) != tokens * self._dtype.itemsize:
             raise self._damaged(f"a record of {name} has {len(record):,} bytes, not {tokens * self._dtype.itemsize:,}")
-        return np.frombuffer(record, self._dtype)
+        ids = np.frombuffer(record, self._dtype)
+        if ids.max() >= self.manifest["vocab_size"]:
+            vocabulary = f"the vocabulary has {self.manifest['vocab_size']:,}"
+            raise self._damaged(f"a record of {name} holds the id {ids.max()}, {vocabulary}")
+        return ids
 
     @staticmethod
     def _tokens_in(length: int, record: int) -> int:
@@ -133,8 +138,10 @@ class Prepared:
 
     def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
         ours, theirs = tokenizer.fingerprint, self.manifest["tokenizer"]["fingerprint"]
+        if ours == theirs and tokenizer.vocab_size != self.manifest["vocab_size"]:
+            raise TypeError("'vocab_size'")
         if ours != theirs:
-            name = self.manifest["tokenizer"]["folder"]
+            name = one_line(self.manifest["tokenizer"]["folder"], 500)
             raise UserError(
                 f"{self.folder} was prepared with another tokenizer ({name}, fingerprint {theirs[:12]}) than that of "
                 f"this run (fingerprint {ours[:12]}): prepare it again, or set tokenizer to that one"
@@ -142,6 +149,31 @@ class Prepared:
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"{self.folder} is damaged: {what}; prepare it again, or copy it again.")
+
+
+def _check_types(manifest: dict[str, Any]) -> None:
+    """Raises KeyError or TypeError for what prepare would not have written: folders come from strangers, too."""
+
+    def want(name: str, fits: Any) -> None:
+        if not fits:
+            raise TypeError(f"'{name}'")
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**48
+
+    want("vocab_size", is_count(manifest["vocab_size"]))
+    want("eos_id", is_count(manifest["eos_id"]) and manifest["eos_id"] < manifest["vocab_size"])
+    want("encoding", manifest["encoding"] in ("uint16", "uint32"))
+    want("add_bos", type(manifest["add_bos"]) is bool)
+    for name in ("documents", "tokens"):
+        want(name, is_count(manifest[name]))
+    for name in ("folder", "fingerprint"):
+        want(name, isinstance(manifest["tokenizer"][name], str))
+    for shard in manifest["shards"]:
+        for name in ("records", "bytes"):
+            want(name, is_count(shard[name]))
+        want("file", isinstance(shard["file"], str) and re.fullmatch(r"\w[\w.-]*", shard["file"], re.ASCII))
+        want("sha256", isinstance(shard["sha256"], str))
 
 
 @lru_cache(maxsize=256)  # files open at a time

@@ -1,6 +1,7 @@
 """One HTML page about one or several runs: what they are, how they learned, what they can do.
 
-python -m longlora_jax.report RUN [RUN ...] [--perplexity FILE ...] [--passkey FILE ...] [--needle FILE ...]
+python -m longlora_jax.report RUN [RUN ...] [--perplexity FILE ...] [--needle FILE ...] [--passkey FILE ...]
+    [--topics FILE ...] [--longqa FILE ...]
 RUN is a workdir of train.py, of a run that is done or under way. Results of evaluations that lie in it as JSON files
 are shown as well. The page is one file, fetches nothing and holds no script.
 """
@@ -74,6 +75,8 @@ def render(runs: list[Run], evaluations: list[Evaluation], left_out: list[str]) 
         ("Perplexity by length", perplexities(evaluations, runs)),
         ("Passkey retrieval", grids("passkey", evaluations, runs)),
         ("Needle in a haystack", grids("needle", evaluations, runs)),
+        ("The first topic of a long talk", grids("topics", evaluations, runs)),
+        ("Questions about long texts", grids("longqa", evaluations, runs)),
     ):
         body += _section(heading, parts)
     body += _section("Parameters", _census(runs))

@@ -13,11 +13,14 @@ from longlora_jax.report.charts import Line, chip, heat_cell, line_chart, short
 from longlora_jax.report.markup import Html, table, tag
 from longlora_jax.report.runs import Run, parse_numbers
 
-# The fields by which a result is known. A needle's is a passkey's with a score, so it is asked first.
+# The fields by which a result is known, those with more first: a needle's is a passkey's with a score, a passkey's is
+# one of topics with a depth.
 KINDS = {
     "perplexity": {"seq_len", "perplexity"},
     "needle": {"length", "depth", "score"},
     "passkey": {"length", "depth", "trials", "correct"},
+    "topics": {"length", "trials", "correct"},
+    "longqa": {"tokens", "exact_match", "f1"},
 }
 
 
@@ -87,7 +90,7 @@ def _kind(results: Any) -> str | None:
 
 def _is_sound(result: dict[str, Any]) -> bool:
     """Whether lengths and depths of a result are some: its scores may be anything, NaN too."""
-    lengths = [result[key] for key in ("seq_len", "length", "stride") if result.get(key) is not None]
+    lengths = [result[key] for key in ("seq_len", "length", "stride", "tokens") if result.get(key) is not None]
     depth, quarter = result.get("depth", 0), result.get("last_quarter") or {}
     return (
         all(_is_number(t) and 1 <= t < 1e12 and t == int(t) for t in lengths)
@@ -189,29 +192,58 @@ def _perplexity_cell(result: dict[str, Any] | None) -> Any:
     return tag("td", text, tag("small", f" ± {perplexity * error:.2g}"), title=hint)
 
 
+NOTES = {
+    **dict.fromkeys(("passkey", "needle"), "Depth: where in the context it lies, 0% the beginning."),
+    "topics": "Right: the first topic of a long conversation is named.",
+    "longqa": "Shares of exact matches and mean F1 by the tokens of the prompts.",
+}
+
+
 def grids(kind: str, evaluations: list[Evaluation], runs: list[Run]) -> list[Html]:
-    """A heat table for each file of passkey or needle results: lengths across, depths down."""
+    """A heat table for each file of results of a kind: lengths across; down depths, if there are some, or scores."""
     figures = []
     for evaluation in (e for e in evaluations if e.kind == kind):
         name, run = _name(evaluation, runs)
         title = [chip(run.letter, runs.index(run)), name] if run else name
-        note = f"{os.path.basename(evaluation.path)}. Depth: where in the context it lies, 0% the beginning."
-        figures.append(tag("figure", tag("h3", title), _grid(kind, evaluation.results), tag("figcaption", note)))
+        note = f"{os.path.basename(evaluation.path)}. {NOTES[kind]}"
+        if kind == "longqa":
+            note = f"{note} Data: {os.path.basename(str(evaluation.head.get('data', '')))}."
+        made = _questions(evaluation.results) if kind == "longqa" else _grid(kind, evaluation.results)
+        figures.append(tag("figure", tag("h3", title), made, tag("figcaption", note)))
     return [tag("div", figures, class_="pair")] if figures else []
 
 
 def _grid(kind: str, results: list[dict[str, Any]]) -> Html:
     cells: dict[tuple[float, float], list[dict]] = defaultdict(list)
     for result in results:
-        cells[result["depth"], result["length"]].append(result)
+        cells[0 if kind == "topics" else result["depth"], result["length"]].append(result)
     depths, lengths = (sorted({key[i] for key in cells}) for i in (0, 1))
-    top = max(1.0, *(r["score"] for r in results if math.isfinite(r["score"]))) if kind == "needle" else 1.0
-    show = _passkey_cell if kind == "passkey" else lambda found: _needle_cell(found, 1 if top <= 1 else top)
+    top = max([1.0, *(r["score"] for r in results if math.isfinite(r["score"]))]) if kind == "needle" else 1.0
+    show = _passkey_cell if kind != "needle" else lambda found: _needle_cell(found, 1 if top <= 1 else top)
+    if kind == "topics":
+        return table(
+            ["", *(f"{n:,}" for n in lengths)], [["right", *(show(cells[0, n]) for n in lengths)]], class_="heat"
+        )
     rows = [
         [f"{depth:.0%}" if depth <= 1 else f"{depth:g}%", *(show(cells[depth, length]) for length in lengths)]
         for depth in depths
     ]
     return table(["depth", *(f"{length:,}" for length in lengths)], rows, class_="heat")
+
+
+def _questions(results: list[dict[str, Any]]) -> Html:
+    sizes: dict[int, list[dict]] = defaultdict(list)
+    for result in results:
+        sizes[1 << (int(result["tokens"]) - 1).bit_length()].append(result)
+    parts = {f"{size:,}": sizes[size] for size in sorted(sizes)} | {"all": results}
+
+    def cell(found: list[dict], key: str) -> Html:
+        mean = sum(r[key] for r in found) / len(found)
+        return heat_cell(mean, f"{mean:.2f}", f"{len(found):,} questions")
+
+    names = {"exact_match": "exact match", "f1": "F1"}
+    rows = [[name, *(cell(found, key) for found in parts.values())] for key, name in names.items()]
+    return table(["tokens up to", *parts], rows, class_="heat")
 
 
 def _passkey_cell(found: list[dict]) -> Html:
