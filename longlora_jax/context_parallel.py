@@ -72,13 +72,13 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
     segments = [x for x in (segment_ids, runs) if x is not None]
 
     def local(*args: Any):
-        parts, given = args[: len(specs)], args[len(specs) :]
+        parts: Any = args[: len(specs)]
+        given = args[len(specs) :]
         out = groups(parts, given[0] if given else None)
         if runs is None:
             return out
-        return tuple(
-            _short(*part, given[1], pattern.full_below, x, context) for part, x in zip(parts, out, strict=True)
-        )
+        size = pattern.full_below
+        return tuple(_short(q, k, v, given[1], size, x, context) for (q, k, v), x in zip(parts, out, strict=True))
 
     def groups(parts: Any, segment_ids):
         if pattern.name in ABLATIONS:
