@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from longlora_jax.attention import attend, attend_part, attend_short, parts_of, pieces, short_runs
 from longlora_jax.errors import UserError
 from longlora_jax.kernels import causal_attention
-from longlora_jax.losses import cross_entropy
+from longlora_jax.losses import cross_entropy, token_nll
 from longlora_jax.patterns import ABLATIONS, Pattern
 
 NOBODY = -(2**31)  # the segment of tokens that are not there
@@ -168,6 +168,15 @@ def cross_entropy_on_mesh(hidden, kernel, targets, weights, mesh: Mesh | None, *
     specs = (P(rows, sequence, None), P(), P(rows, sequence), P(rows, sequence))
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False)
     return run(hidden, kernel, targets, weights)
+
+
+def token_nll_on_mesh(hidden, kernel, targets, mesh: Mesh | None):
+    """losses.token_nll with every device scoring its own tokens; hidden: [B, T, D], targets: [B, T]."""
+    if mesh is None or mesh.size == 1:
+        return token_nll(hidden, kernel, targets)
+    here = P(row_axes(hidden.shape[0], mesh), "context")
+    run = jax.shard_map(token_nll, mesh=mesh, in_specs=(here, P(), here), out_specs=here, check_vma=False)
+    return run(hidden, kernel, targets)
 
 
 def _head_axis(part, pattern: Pattern, mesh: Mesh) -> str | None:

@@ -15,15 +15,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from longlora_jax.checkpoint import LoadedModel
-from longlora_jax.config import ModelConfig
+from longlora_jax.config import MeshConfig, ModelConfig
+from longlora_jax.context_parallel import token_nll_on_mesh
 from longlora_jax.errors import UserError
-from longlora_jax.losses import token_nll
-from longlora_jax.model import Llama, output_kernel
+from longlora_jax.model import Llama, abstract_params, logical_axes, output_kernel
 from longlora_jax.patterns import FULL, Pattern
 from longlora_jax.progress import progress_bar
 from longlora_jax.rope import extend_rope
+from longlora_jax.sharding import make_mesh, weight_shardings
 
 BLOCK = 256  # neighbouring targets that standard_error takes for one observation
 LONGLORA_STRIDE = 256  # sliding_window in LongLoRA's eval.py
@@ -64,10 +67,28 @@ def plan_windows(
 
 
 def on_device(model: LoadedModel, dtype: str) -> LoadedModel:
-    """The model with adapters merged and every weight on the device in dtype; cheap where that is so already."""
+    """The model in dtype with adapters merged, every weight cut over all devices; cheap where that is so already."""
     # Cast first: a merged kernel that is rounded to bfloat16 is not what was trained.
-    model = dataclasses.replace(model, params=jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), model.params))
+    params = jax.tree.map(lambda x: (x if isinstance(x, jax.Array) else np.asarray(x)).astype(dtype), model.params)
+    model = dataclasses.replace(model, params=_place(params, model.config, _mesh_for(model.config, 1)))
     return dataclasses.replace(model, params=model.merged(), lora=None)
+
+
+def _place(params, config: ModelConfig, mesh: Mesh):
+    """Weights where a mesh wants them; adapters, which are small, on every device."""
+    llama = Llama(config)
+    where = weight_shardings(mesh, logical_axes(llama), abstract_params(llama))
+    where = dict(jax.tree_util.tree_leaves_with_path(where))
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(x, where.get(path, everywhere)), params)
+
+
+def _mesh_for(config: ModelConfig, seq_len: int) -> Mesh:
+    """As many devices as divide the model, the sequence cut over as many of them as divide it."""
+    count = next(n for n in range(jax.device_count(), 0, -1) if config.hidden_size % n == 0)
+    context = math.gcd(count, seq_len)
+    sizes = MeshConfig(data=1, fsdp=count // context, context=context, tensor=1)
+    return make_mesh(sizes, jax.devices()[:count])
 
 
 def stretch_rope(config: ModelConfig, seq_len: int, rope_type: str, factor: float | None = None) -> ModelConfig:
@@ -198,8 +219,9 @@ def _nll_of_windows(
             f"token {largest} is outside the model's vocabulary of {model.config.vocab_size}: "
             "tokenize the text with the model's own tokenizer"
         )
-    llama = Llama(model.config, pattern=pattern, dtype=jnp.dtype(dtype))
-    params = on_device(model, dtype).params
+    mesh = _mesh_for(model.config, seq_len)
+    llama = Llama(model.config, pattern=pattern, dtype=jnp.dtype(dtype), mesh=mesh)
+    params = _place(on_device(model, dtype).params, model.config, mesh)
     rows = min(batch_size or max(TOKENS_AT_ONCE // seq_len, 1), len(windows))
     with progress_bar(len(windows), label=label or f"{seq_len:,} tokens", unit="window") as bar:
         for first in range(0, len(windows), rows):
@@ -220,8 +242,7 @@ def _nll_of_windows(
 def _target_nll(llama: Llama, params, tokens):
     """nll [B, T - 1] of every token [B, T] but the first, given those before it."""
     hidden = llama.apply({"params": params}, tokens, method="hidden")
-    hidden = hidden[:, :-1]  # pyright: ignore[reportCallIssue, reportArgumentType]  # nothing is mutable: an array
-    return token_nll(hidden, output_kernel(params), tokens[:, 1:])
+    return token_nll_on_mesh(hidden, output_kernel(params), jnp.roll(tokens, -1, axis=1), llama.mesh)[:, :-1]
 
 
 def _mean(nll: np.ndarray) -> dict[str, Any]:
