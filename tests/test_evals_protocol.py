@@ -96,7 +96,7 @@ def test_ids_of_both_sizes_are_read(folder, ids_file, tmp_path):
     assert one["results"][0]["tokens"] == 94
 
 
-def test_lengths_that_are_there_are_not_computed_again(folder, ids_file, tmp_path, monkeypatch):
+def test_lengths_that_are_there_are_not_computed_again(folder, ids_file, tmp_path, monkeypatch, caplog):
     """Catches: hours lost at the last length; results of other data or flags mixed."""
     path, out = ids_file(500), tmp_path / "out.json"
     first = command(folder, path, out, "--seq_len", "48")
@@ -105,10 +105,11 @@ def test_lengths_that_are_there_are_not_computed_again(folder, ids_file, tmp_pat
     both = command(folder, path, out, "--seq_len", "24,48")
     assert calls == [24] and both["results"][1] == first["results"][0]
     assert [r["seq_len"] for r in both["results"]] == [24, 48]
-    with pytest.raises(errors.UserError, match='results with dtype "float32", these would be with "bfloat16"'):
-        command(folder, path, out, "--seq_len", "48", "--dtype", "bfloat16")
-    with pytest.raises(errors.UserError, match=r"data_tokens \[500\]"):
-        command(folder, ids_file(600), out, "--seq_len", "48")
+    other = command(folder, path, out, "--seq_len", "48", "--dtype", "bfloat16")
+    assert 'results with dtype "float32", these are with "bfloat16": it is written anew' in caplog.text
+    assert other["dtype"] == "bfloat16" and [r["seq_len"] for r in other["results"]] == [48]
+    longer = command(folder, ids_file(600), out, "--seq_len", "48", "--dtype", "bfloat16")
+    assert longer["data_tokens"] == [600] and calls == [24, 48, 48]
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_positions_and_padding_equal_transformers(tmp_path):
 # Gradients against PEFT
 
 # Keeps the gradients where the moments of a real optimizer would be.
-KEEP_GRADIENTS = optax.GradientTransformation(lambda params: (), lambda grads, state, params: (grads, grads))
+KEEP_GRADIENTS = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (grads, grads))
 ADAPTED = {
     "lora_plus": ("lora_plus", LoraConfig(rank=4, alpha=16.0), {}),
     "lora_plus_tied_all_targets_rslora": (

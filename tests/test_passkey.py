@@ -128,7 +128,7 @@ def test_grid_of_a_reader_that_sees_all_and_of_one_that_sees_the_end(run, tmp_pa
     assert right == {(300, 0): 0, (300, 0.5): 0, (300, 1): 2, (600, 0): 0, (600, 0.5): 0, (600, 1): 2}
 
 
-def test_a_finished_result_is_not_computed_again(run, tmp_path):
+def test_a_finished_result_is_not_computed_again(run, tmp_path, caplog):
     """Catches: a grid that starts anew after a crash; results of other settings mixed; other keys on another day."""
     asked = []
     flags = ("--trials", "2", "--depths", "0,1")
@@ -142,10 +142,13 @@ def test_a_finished_result_is_not_computed_again(run, tmp_path):
     said = [r["answers"] for r in again["results"][2:]]
     assert said[0] == said[1] and said[0][:2] == first["results"][0]["answers"]
     assert len({a["expected"] for a in said[0]}) == 3
-    with pytest.raises(errors.UserError, match="out.json holds results with seed 0, these would be with 1"):
-        run(reads_last(10_000), "--lengths", "300", "--seed", "1")
-    kept = json.loads((tmp_path / "out.json").read_text())
-    assert kept == again
+    other = run(reads_last(10_000), "--lengths", "300", "--seed", "1")
+    assert "holds results with seed 0, these are with 1: it is written anew" in caplog.text
+    assert other["seed"] == 1 and {r["length"] for r in other["results"]} == {300}
+    (tmp_path / "out.json").write_text('{"seq_len": 8}')  # a config, say
+    with pytest.raises(errors.UserError, match="out.json holds something else than such results"):
+        run(reads_last(10_000), "--lengths", "300")
+    assert json.loads((tmp_path / "out.json").read_text()) == {"seq_len": 8}
 
 
 def test_what_was_done_before_a_crash_is_there(run, tmp_path):

@@ -1,6 +1,7 @@
 """train.py as a user runs it: the files of a workdir, runs that are killed and started again, and bad input."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -207,13 +208,19 @@ def test_a_fault_is_one_line_and_exit_code_2(fault, home, environment, tmp_path)
 # The same functions without a new process for each
 
 
-@pytest.fixture(scope="module")
-def script():
-    """train.py as a module."""
+@functools.cache
+def train_module():
+    """train.py as a module, once: its flags cannot be defined again."""
     spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def script():
+    """train.py as a module."""
+    return train_module()
 
 
 @pytest.fixture

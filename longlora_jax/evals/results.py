@@ -1,6 +1,7 @@
 """Results of an evaluation in a JSON file, written as they come, so that a command that was broken off goes on."""
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 from longlora_jax.checkpoint import fingerprint, is_workdir
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line, read_json, write_json
+
+log = logging.getLogger(__name__)
 
 
 def weights_of(path: str, tokenizer_dir: str) -> str:
@@ -23,7 +26,7 @@ class Results:
     """The results of a command, and its JSON file if it has one: those of an earlier call of the same settings count.
 
     head: the settings, all of what results depend on beside their key; key: the fields by which a result is known.
-    Raises UserError for a file of other settings, or of something else.
+    Results of other settings are replaced, and the log says so. Raises UserError for a file of something else.
     """
 
     def __init__(self, path: str | None, head: dict[str, Any], key: Sequence[str]):
@@ -39,10 +42,8 @@ class Results:
         for name, value in self.head.items():
             if found.get(name) != value:
                 had, has = (one_line(json.dumps(v), 80) for v in (found.get(name), value))
-                raise UserError(
-                    f"{path} holds results with {name} {had}, these would be with {has}: give another --json, or "
-                    "remove it"
-                )
+                log.warning("%s holds results with %s %s, these are with %s: it is written anew", path, name, had, has)
+                return
         self.rows = rows
 
     def find(self, **wanted: Any) -> dict[str, Any] | None:
