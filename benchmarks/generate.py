@@ -19,29 +19,12 @@ import torch
 import transformers
 
 from longlora_jax import errors
-from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
 from longlora_jax.hf import save_hf
 from longlora_jax.model import Llama, init_params
+from longlora_jax.presets import smollm2_135m
 from longlora_jax.session import Session, complete
-
-
-def smollm2() -> ModelConfig:
-    """The shape of SmolLM2-135M."""
-    return ModelConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_theta=100_000.0,
-        tie_word_embeddings=True,
-    )
 
 
 def ours(model: Llama, params, prompt: np.ndarray, new: int) -> tuple[float, float, list[int]]:
@@ -74,7 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="that count (default: %(default)s)")
     parser.add_argument("--json", required=True, metavar="FILE", help="where to write the results")
     args = parser.parse_args()
-    model = Llama(smollm2())
+    model = Llama(smollm2_135m())
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.PRNGKey(0))
     with tempfile.TemporaryDirectory() as folder:
         save_hf(f"{folder}/model", model.config, params)
