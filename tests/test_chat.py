@@ -295,7 +295,7 @@ def test_files_without_text(tmp_path):
 def test_a_pdf_without_pypdf(tmp_path, monkeypatch):
     """Catches: a traceback in the page where the package is not there."""
     monkeypatch.setitem(sys.modules, "pypdf", None)
-    assert "pip install 'longlora_jax[chat]'" in refused(tmp_path / "a.pdf", pdf("Hello"))
+    assert "pip install pypdf" in refused(tmp_path / "a.pdf", pdf("Hello"))
 
 
 def test_pdfs(tmp_path):
@@ -343,7 +343,7 @@ def test_wrong_uses_get_one_line(tmp_path, folder, monkeypatch):
     assert "max_new_tokens: 0 must be" in fault("--model", folder, "--max_new_tokens", "0")
     assert "--share" in fault("--model", folder, "--share")
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    assert "the chat page needs gradio: pip install 'longlora_jax[chat]'" in fault("--model", folder, "--port", "7999")
+    assert "the chat page needs gradio: pip install gradio pypdf" in fault("--model", folder, "--port", "7999")
     monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: "there")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "gone is not a folder" in fault("--model", str(tmp_path / "gone"), "--port", "7999")

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     _check_port(args.host, args.port)
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the chat page needs gradio: pip install 'longlora_jax[chat]'")
+        raise UserError("the chat page needs gradio: pip install gradio pypdf")
     # What follows takes seconds to import: faults of the call are told before.
     from longlora_jax.chat.conversation import Reader
     from longlora_jax.checkpoint import open_model

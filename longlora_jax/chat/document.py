@@ -48,7 +48,7 @@ def _read_pdf(name: str, path: str) -> Document:
     try:
         import pypdf  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UserError(f"{name} is a PDF, which needs pypdf: pip install 'longlora_jax[chat]'") from error
+        raise UserError(f"{name} is a PDF, which needs pypdf: pip install pypdf") from error
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it tells of every odd object that it can live with
     try:
         reader = pypdf.PdfReader(path)

@@ -35,7 +35,7 @@ try:
 except ImportError as error:
 
     def _missing(missing: str = str(error)) -> None:
-        raise UserError(f"the package lm_eval is not complete ({missing}): pip install 'longlora_jax[lm_eval]'")
+        raise UserError(f"the package lm_eval is not complete ({missing}): pip install lm_eval")
 
     if __name__ == "__main__":
         errors.run(_missing)
