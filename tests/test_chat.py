@@ -393,20 +393,6 @@ def served(tmp_path_factory):
             server.kill()
 
 
-@pytest.fixture
-def browser():
-    """Chromium without a window; skips where playwright or a browser is not there."""
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        try:
-            made = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except api.Error as error:
-            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
-        yield made
-        made.close()
-
-
 class Page:
     """The page in a tab, with what it complained of and what it fetched elsewhere."""
 

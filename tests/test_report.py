@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -472,20 +471,6 @@ def test_a_perplexity_without_bounds(run, tmp_path):
 
 
 # In a browser
-
-
-@pytest.fixture
-def browser():
-    """Chromium without a window; skips where playwright or a browser is not there."""
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        try:
-            made = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except api.Error as error:
-            pytest.skip(f"no browser: {str(error).splitlines()[0]}")
-        yield made
-        made.close()
 
 
 @pytest.mark.parametrize("width", [375, 1280])
