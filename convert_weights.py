@@ -7,15 +7,15 @@ import time
 from collections.abc import Callable, Sequence
 
 from longlora_jax import errors
+from longlora_jax.attention.rope import ROPE_TYPES
 from longlora_jax.files import check_new
-from longlora_jax.rope import ROPE_TYPES
 
 # Some of these load jax: each command imports what it needs, so that --help answers at once.
 
 
 def from_hf(args: argparse.Namespace) -> None:
     """Hugging Face folder -> converted checkpoint, each weight in the dtype that it has."""
-    from longlora_jax import converted, hf, hub
+    from longlora_jax.weights import converted, hf, hub
 
     folder = hub.local_folder(args.hf_dir)
     converted.write_converted(args.out, *hf.open_hf(folder), tokenizer_from=folder)
@@ -23,17 +23,17 @@ def from_hf(args: argparse.Namespace) -> None:
 
 def to_hf(args: argparse.Namespace) -> None:
     """Anything that open_model opens -> Hugging Face folder, adapters merged."""
-    from longlora_jax import checkpoint, hf
+    from longlora_jax.weights import hf, load
 
-    model = checkpoint.open_model(args.model, args.dtype, check=True)
+    model = load.open_model(args.model, args.dtype, check=True)
     hf.write_hf(args.hf_dir, model.config, model.table, tokenizer_from=model.tokenizer_dir)
 
 
 def to_peft(args: argparse.Namespace) -> None:
     """Training workdir -> PEFT adapter, with embedding and norms where they were trained."""
-    from longlora_jax import checkpoint, converted, peft
+    from longlora_jax.weights import converted, load, peft
 
-    run, trained = checkpoint.open_adapters(args.workdir)
+    run, trained = load.open_adapters(args.workdir)
     if not args.base and converted.is_converted(run.init_from):
         raise errors.UserError(
             f"{args.workdir} started from the converted checkpoint {run.init_from}, which PEFT cannot load: name the "
@@ -46,7 +46,7 @@ def to_peft(args: argparse.Namespace) -> None:
 
 def from_peft(args: argparse.Namespace) -> None:
     """PEFT adapter and its base -> converted checkpoint, adapter merged."""
-    from longlora_jax import converted, hub, peft
+    from longlora_jax.weights import converted, hub, peft
 
     folder = hub.local_folder(args.peft_dir, what="a folder with adapter_config.json")
     config, table, tokenizer = peft.open_peft(folder, base=args.base, window=args.window, rope_type=args.rope_type)
@@ -55,7 +55,7 @@ def from_peft(args: argparse.Namespace) -> None:
 
 def from_gguf(args: argparse.Namespace) -> None:
     """GGUF file -> converted checkpoint, dequantized."""
-    from longlora_jax import converted, gguf
+    from longlora_jax.weights import converted, gguf
 
     config, table, files = gguf.open_gguf(args.file, args.dtype)
     with tempfile.TemporaryDirectory() as folder:

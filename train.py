@@ -18,18 +18,23 @@ from absl import app, flags
 from jax.errors import JaxRuntimeError
 from ml_collections import config_flags
 
-from longlora_jax import checkpoint, costs, distributed, metrics, optim, run, sharding, trainable, versions
+from longlora_jax.attention.kernels import kernel_name
+from longlora_jax.attention.patterns import FULL
 from longlora_jax.config import Config
 from longlora_jax.data import Batches, in_order
 from longlora_jax.errors import UserError, in_plain_words
-from longlora_jax.health import Health
-from longlora_jax.kernels import kernel_name
-from longlora_jax.model import Llama, abstract_params
-from longlora_jax.patterns import FULL
+from longlora_jax.model import trainable
+from longlora_jax.model.decoder import Llama, abstract_params
+from longlora_jax.parallel import distributed, sharding
+from longlora_jax.plan import costs
 from longlora_jax.progress import progress_bar
-from longlora_jax.run_checkpoints import RunCheckpoints
-from longlora_jax.trainer import TrainState, compile_train_step, jit_eval_step
-from longlora_jax.watch import AGAIN, Watch
+from longlora_jax.resilience import versions
+from longlora_jax.resilience.checkpoints import RunCheckpoints
+from longlora_jax.resilience.health import Health
+from longlora_jax.resilience.watchdog import AGAIN, Watch
+from longlora_jax.training import metrics, optim, run
+from longlora_jax.training.step import TrainState, compile_train_step, jit_eval_step
+from longlora_jax.weights import load
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the resolved config.")
@@ -66,7 +71,7 @@ def train(config: Config, workdir: str, watch: Watch) -> bool:
     # Nothing is written before this line: whatever the user got wrong has been said by now.
     checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints)
     if not resumed and distributed.is_first():
-        checkpoint.write_run_config(workdir, config)
+        load.write_run_config(workdir, config)
     distributed.check_shared(f"{workdir}/config.json")
     distributed.check_same("step", lambda: {"the newest checkpoint": checkpoints.latest_step()})
     if checkpoints.latest_step() is not None:

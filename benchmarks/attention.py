@@ -77,8 +77,8 @@ def attention_case(config, name: str) -> Case:
     """attend's forward and gradients for one row of one layer."""
     import jax
 
-    from longlora_jax import run
-    from longlora_jax.attention import attend
+    from longlora_jax.attention.attend import attend
+    from longlora_jax.training import run
 
     c, pattern = config.model, run.build_model(config).pattern
     keys = jax.random.split(jax.random.key(0), 4)
@@ -102,9 +102,9 @@ class Steps:
     def __init__(self, config):
         import jax
 
-        from longlora_jax import run
         from longlora_jax.config import MeshConfig
-        from longlora_jax.sharding import make_mesh
+        from longlora_jax.parallel.sharding import make_mesh
+        from longlora_jax.training import run
 
         self._mesh = make_mesh(MeshConfig(), jax.devices()[:1])
         self._state, self._frozen = run.initial_state(config, run.build_model(config, self._mesh), self._mesh)
@@ -113,8 +113,10 @@ class Steps:
         """The step of one row under a config."""
         import jax
 
-        from longlora_jax import costs, run, sharding
-        from longlora_jax.trainer import compile_train_step
+        from longlora_jax.parallel import sharding
+        from longlora_jax.plan import costs
+        from longlora_jax.training import run
+        from longlora_jax.training.step import compile_train_step
 
         model = run.build_model(config, self._mesh)
         where = sharding.batch_sharding(self._mesh, 1)
@@ -174,7 +176,7 @@ class Torch:
 
     def case(self, config, ours: Case) -> Case:
         """What torch takes for one of our cases of attention."""
-        from longlora_jax import run
+        from longlora_jax.training import run
 
         c, group = config.model, run.build_model(config).pattern.group_size
         ask = {"seq_len": config.seq_len, "group": group, "heads": c.num_attention_heads, "head_dim": c.head_dim}
@@ -197,8 +199,9 @@ class Torch:
 
 def configs(platform: str, lengths, layers: int):
     """(name of the attention, config) for every length; groups of a quarter, and of one size for all lengths."""
-    from longlora_jax import presets, run
+    from longlora_jax import presets
     from longlora_jax.config import AttentionConfig
+    from longlora_jax.training import run
 
     model = presets.llama2_7b()
     model = dataclasses.replace(model, **SMALL) if platform == "cpu" else model
@@ -244,7 +247,7 @@ def speed_over_full(rows: list[dict]) -> list[dict]:
 
 def peak_flops(kind: str) -> float:
     """Peak bf16 FLOP/s of a GPU by its name, NaN if chips.py has none."""
-    from longlora_jax.chips import GPUS
+    from longlora_jax.plan.chips import GPUS
 
     return next((chip.tflops * 1e12 for name, chip in GPUS.items() if name.split("-")[0] in kind.lower()), math.nan)
 
@@ -264,7 +267,7 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU
     import jax
 
-    from longlora_jax.kernels import kernel_name
+    from longlora_jax.attention.kernels import kernel_name
 
     platform, kind = jax.default_backend(), jax.devices()[0].device_kind
     peak = peak_flops(kind)

@@ -23,12 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from longlora_jax import errors, hf
+from longlora_jax import errors
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
 from longlora_jax.presets import llama2_7b
-from longlora_jax.tensors import DTYPES, Tensor
-from longlora_jax.weights import weight_rules
+from longlora_jax.weights import hf
+from longlora_jax.weights.rules import weight_rules
+from longlora_jax.weights.tensors import DTYPES, Tensor
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = {"seconds": 1, "gb_per_second": 2, "over_copy": 2, "peak_gb": 2}

@@ -23,14 +23,16 @@ import jax
 import numpy as np
 import tokenizers
 
-from longlora_jax import errors, run, sharding
+from longlora_jax import errors
 from longlora_jax.data import InMemory, batches, pack
 from longlora_jax.data.prepare import Job, prepare
 from longlora_jax.data.prepared import Prepared
 from longlora_jax.data.source import SOURCES, read_documents
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
-from longlora_jax.trainer import compile_train_step
+from longlora_jax.parallel import sharding
+from longlora_jax.training import run
+from longlora_jax.training.step import compile_train_step
 
 ROOT = Path(__file__).parents[1]
 LOADED = 200  # batches that a loader alone is measured over

@@ -21,10 +21,10 @@ import transformers
 from longlora_jax import errors
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
-from longlora_jax.hf import save_hf
-from longlora_jax.model import Llama, init_params
+from longlora_jax.generate.session import Session, complete
+from longlora_jax.model.decoder import Llama, init_params
 from longlora_jax.presets import smollm2_135m
-from longlora_jax.session import Session, complete
+from longlora_jax.weights.hf import save_hf
 
 
 def ours(model: Llama, params, prompt: np.ndarray, new: int) -> tuple[float, float, list[int]]:

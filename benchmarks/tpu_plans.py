@@ -37,7 +37,16 @@ def command(config: str, topology: str, context: int, changes: list[str]) -> lis
     """The plan's command of a row: the sequence over all devices, one row at a time."""
     flags = [f"mesh.context={context}", "mesh.fsdp=1", "accumulation=64", *changes]
     flags = [f"--config.{flag}" for flag in flags]
-    return ["python", "-m", "longlora_jax.plan", "--config", f"configs/{config}.py", "--topology", topology, *flags]
+    return [
+        "python",
+        "-m",
+        "longlora_jax.plan",
+        "--config",
+        f"configs/{config}.py",
+        "--topology",
+        topology,
+        *flags,
+    ]
 
 
 def main() -> None:

@@ -47,12 +47,13 @@ def our_step(seq_len: int, attention: str, remat: str, weights: str):
     import jax
     import jax.numpy as jnp
 
-    from longlora_jax import hf, optim
+    from longlora_jax.attention.patterns import FULL, Pattern
     from longlora_jax.config import LoraConfig, OptimConfig
-    from longlora_jax.model import Llama, init_params
-    from longlora_jax.patterns import FULL, Pattern
-    from longlora_jax.trainable import combine, partition, trainable_mask
-    from longlora_jax.trainer import TrainState, jit_train_step
+    from longlora_jax.model.decoder import Llama, init_params
+    from longlora_jax.model.trainable import combine, partition, trainable_mask
+    from longlora_jax.training import optim
+    from longlora_jax.training.step import TrainState, jit_train_step
+    from longlora_jax.weights import hf
 
     config, base = hf.load_hf(weights)
     pattern = FULL if attention == "full" else Pattern("s2", seq_len // 4)

@@ -7,10 +7,10 @@ import types
 import typing
 from dataclasses import dataclass, field
 
+from longlora_jax.attention.patterns import GROUPED, PATTERNS
+from longlora_jax.attention.rope import ROPE_TYPES, RopeScaling
 from longlora_jax.errors import UserError
 from longlora_jax.fields import type_faults
-from longlora_jax.patterns import GROUPED, PATTERNS
-from longlora_jax.rope import ROPE_TYPES, RopeScaling
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 from longlora_jax import errors
-from longlora_jax.checkpoint import LoadedModel, load_model
 from longlora_jax.data import HELD_OUT, load_tokenizer, read_documents
 from longlora_jax.errors import UserError
 from longlora_jax.evals.perplexity import evaluate, on_device, stretch_rope
 from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.files import write_json
+from longlora_jax.weights.load import LoadedModel, load_model
 
 BASE = "models/tiny-python-llama"
 LENGTHS = (256, 512, 1024, 2048)

@@ -70,7 +70,7 @@ def test_workers_need_no_framework(blocked):
         for path in SOURCES
         if room(path) in WITHOUT_JAX
     ]
-    assert "longlora_jax.data.source" in modules and "longlora_jax.hf" in modules
+    assert "longlora_jax.data.source" in modules and "longlora_jax.weights.hf" in modules
     code = f"""
 import importlib, sys
 

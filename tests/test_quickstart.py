@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from longlora_jax import hf
+from longlora_jax.model.trainable import count
 from longlora_jax.quickstart import BASE, BASE_ROW, CONTROL_ROW, EXTENDED_ROW, LENGTHS, format_table
-from longlora_jax.trainable import count
+from longlora_jax.weights import hf
 
 
 def test_shipped_model_is_what_its_card_says():

@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("the chat page needs gradio: pip install gradio pypdf")
     # What follows takes seconds to import: faults of the call are told before.
     from longlora_jax.chat.conversation import Reader
-    from longlora_jax.checkpoint import open_model
     from longlora_jax.data.tokenizer import load_tokenizer
+    from longlora_jax.weights.load import open_model
 
     opened = open_model(args.model)
     tokenizer = load_tokenizer(opened.tokenizer_dir)

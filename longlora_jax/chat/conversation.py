@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from longlora_jax.chat.document import Document
-from longlora_jax.checkpoint import OpenModel
 from longlora_jax.data.chat import has_chat_template, render_chat
 from longlora_jax.data.stream import TextStream
 from longlora_jax.data.tokenizer import Tokenizer
 from longlora_jax.errors import UserError
-from longlora_jax.generate import common_prefix, eos_ids, load_for_generation
-from longlora_jax.session import GREEDY, Sampling, Session
+from longlora_jax.generate.generation import common_prefix, eos_ids, load_for_generation
+from longlora_jax.generate.session import GREEDY, Sampling, Session
+from longlora_jax.weights.load import OpenModel
 
 LEAST_ROOM = 64  # tokens that a document must leave for a question and its answer
 STEP = 2048  # tokens; a cache is a multiple of them, and has room for at least so many more than it was made for

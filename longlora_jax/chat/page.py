@@ -20,7 +20,7 @@ from longlora_jax.chat.conversation import Conversation, Reader, Turn  # noqa: E
 from longlora_jax.chat.document import SUFFIXES, read_document  # noqa: E402
 from longlora_jax.errors import UserError  # noqa: E402
 from longlora_jax.files import one_line  # noqa: E402
-from longlora_jax.session import Sampling  # noqa: E402
+from longlora_jax.generate.session import Sampling  # noqa: E402
 
 log = logging.getLogger(__name__)
 

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlora_jax import errors
-from longlora_jax.checkpoint import open_model
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat import render_chat
 from longlora_jax.errors import UserError
 from longlora_jax.evals.command import check_outputs, number, start_logging
 from longlora_jax.files import write_json
-from longlora_jax.generate import eos_ids, generate, load_for_generation
-from longlora_jax.model import Llama, output_kernel
+from longlora_jax.generate.generation import eos_ids, generate, load_for_generation
+from longlora_jax.model.decoder import Llama, output_kernel
 from longlora_jax.progress import progress_bar
+from longlora_jax.weights.load import open_model
 
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]

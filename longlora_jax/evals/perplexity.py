@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from longlora_jax import errors
-from longlora_jax.checkpoint import LoadedModel, load_model
+from longlora_jax.attention.patterns import FULL, Pattern
+from longlora_jax.attention.rope import ROPE_TYPES
 from longlora_jax.data import Memmap, load_tokenizer, read_text
 from longlora_jax.errors import UserError
 from longlora_jax.evals.command import check_outputs, note_window, number, numbers, start_logging
@@ -25,8 +26,7 @@ from longlora_jax.evals.scoring import (
     plan_windows,
     stretch_rope,
 )
-from longlora_jax.patterns import FULL, Pattern
-from longlora_jax.rope import ROPE_TYPES
+from longlora_jax.weights.load import LoadedModel, load_model
 
 
 def _parser() -> argparse.ArgumentParser:

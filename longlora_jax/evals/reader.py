@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from longlora_jax.checkpoint import open_model
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat import has_chat_template, render_chat
 from longlora_jax.errors import UserError
 from longlora_jax.evals.results import weights_of
-from longlora_jax.generate import eos_ids, generate, load_for_generation
+from longlora_jax.generate.generation import eos_ids, generate, load_for_generation
+from longlora_jax.weights.load import open_model
 
 TEMPLATES = ("auto", "plain", "chat")
 TOKENS_AT_ONCE = 8192  # rows of prompts that are read together times their length, unless batch_size says otherwise

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longlora_jax.checkpoint import fingerprint, is_workdir
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line, read_json, write_json
+from longlora_jax.weights.load import fingerprint, is_workdir
 
 log = logging.getLogger(__name__)
 

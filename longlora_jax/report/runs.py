@@ -13,8 +13,8 @@ from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
 from longlora_jax.errors import UserError
 from longlora_jax.fields import type_faults
 from longlora_jax.files import one_line, read_json
-from longlora_jax.trainable import TRAINED_GROUPS, group_of
-from longlora_jax.weights import weight_rules
+from longlora_jax.model.trainable import TRAINED_GROUPS, group_of
+from longlora_jax.weights.rules import weight_rules
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MOST = 2**53  # more than any number of a config is

@@ -1,0 +1,166 @@
+"""attend(): one door to every attention pattern of LongLoRA (the patterns themselves are in patterns.py).
+
+A grouped pattern is cut into pieces that are causal inside; pieces of equal length are folded into the batch
+axis and handed to a kernel. So the work is proportional to the pairs that the predicate allows, and no [T, T]
+array exists.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlora_jax.attention.kernels import MASKED, causal_attention
+from longlora_jax.attention.patterns import ABLATIONS, GROUPED, Pattern, allowed, plain_heads
+
+
+def attend(q, k, v, pattern: Pattern, *, segment_ids=None):
+    """Softmax attention under a pattern of LongLoRA.
+
+    q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K; segment_ids: [B, T] int32 or None (tokens see their
+    own segment only; give padding a segment of its own). Any T, any G. Returns [B, T, N, H] in q's dtype; scores
+    and softmax are float32. arXiv:2309.12307, section 3.2.
+    """
+    if pattern.name in ABLATIONS:
+        return _by_predicate(q, k, v, pattern, segment_ids)
+    parts = parts_of(q, k, v, pattern)
+    out = [attend_part(*part, pattern, i, segment_ids) for i, part in enumerate(parts)]
+    runs = short_runs(segment_ids, pattern)
+    if runs is not None:
+        out = [attend_short(*part, runs, pattern.full_below, x) for part, x in zip(parts, out, strict=True)]
+    return jnp.concatenate(out, axis=2)
+
+
+def short_runs(segment_ids, pattern: Pattern):
+    """For every token the number of its segment in the row if it has at most pattern.full_below tokens, else -1.
+
+    [B, T] int32, or None where the pattern does not ask for it or nothing is packed.
+    """
+    if segment_ids is None or not pattern.full_below or pattern.name not in GROUPED:
+        return None
+
+    def row(ids):
+        runs = jnp.cumsum(jnp.concatenate([jnp.zeros(1, jnp.int32), (ids[1:] != ids[:-1]).astype(jnp.int32)]))
+        return jnp.where(jnp.bincount(runs, length=ids.size)[runs] <= pattern.full_below, runs, -1)
+
+    return jax.vmap(row)(segment_ids)
+
+
+def attend_short(q, k, v, runs, size: int, others, before=None):
+    """Causal attention inside every segment of at most `size` tokens; for other tokens (runs -1) what `others` holds.
+
+    q: [b, t, n, h]; k, v: [b, t, kv, h]; runs: [b, t], see short_runs; others: as q; before: (k, v, runs) of the `size`
+    tokens that came before. Who looks back `size` tokens sees all of such a segment, so pieces of `size` tokens see
+    themselves and the piece before. Rows without a short segment skip it.
+    """
+    b, t, n, h = q.shape
+    if before is None:
+        before = tuple(jnp.full((b, size, *x.shape[2:]), fill, x.dtype) for x, fill in ((k, 0), (v, 0), (runs, -2)))
+
+    def compute():
+        # The last piece is filled up behind the last token, where nobody looks.
+        pad = -t % size
+        pieces = (t + pad) // size
+
+        def twice(x, first):
+            x = jnp.concatenate([first, jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))], axis=1)
+            x = x.reshape(b, pieces + 1, size, *x.shape[2:])
+            return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2).reshape(b * pieces, 2 * size, *x.shape[3:])
+
+        # Queries for the piece before as well, so that the kernel sees a square: their results are dropped.
+        out = causal_attention(twice(q, jnp.zeros((b, size, n, h), q.dtype)), *map(twice, (k, v, runs), before))
+        out = out[:, size:].reshape(b, t + pad, n, h)[:, :t]
+        return jnp.where((runs >= 0)[..., None, None], out, others)
+
+    return jax.lax.cond(jnp.any(runs >= 0), compute, lambda: others)
+
+
+def parts_of(q, k, v, pattern: Pattern) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """The heads that see the same, as [(q, k, v)]: all of them, or the plain half and the shifted half."""
+    plain = plain_heads(q.shape[2])
+    if pattern.name in ("full", "short") or plain == q.shape[2]:
+        return [(q, k, v)]
+    return [_heads(q, k, v, 0, plain), _heads(q, k, v, plain, q.shape[2])]
+
+
+def attend_part(q, k, v, pattern: Pattern, part: int, segment_ids=None):
+    """attend for the heads of one part (0: plain, 1: shifted); shapes and result as attend's."""
+    if pattern.name == "full":
+        return causal_attention(q, k, v, segment_ids)
+    g = pattern.group_size
+    if part == 0:
+        return pieces(q, k, v, segment_ids, first=g, group=g)
+    return _shifted(q, k, v, segment_ids, pattern, q.shape[1], g)
+
+
+def _heads(q, k, v, start: int, stop: int):
+    """The query heads [start, stop) with kv heads that divide them evenly.
+
+    A cut inside a kv group (an odd number of kv heads, or one) leaves unequal shares; then each query head gets
+    a copy of its own kv head.
+    """
+    rep = q.shape[2] // k.shape[2]
+    if start % rep == 0 and stop % rep == 0:
+        kv = slice(start // rep, stop // rep)
+    elif start // rep == (stop - 1) // rep:
+        kv = slice(start // rep, start // rep + 1)
+    else:
+        kv = np.arange(start, stop) // rep
+    return q[:, :, start:stop], k[:, :, kv], v[:, :, kv]
+
+
+def _shifted(q, k, v, segment_ids, pattern: Pattern, t: int, g: int):
+    """The shifted half of the heads: other group boundaries, the same kernel."""
+    half = g // 2
+    if pattern.name == "s2":
+        return pieces(q, k, v, segment_ids, first=g - half, group=g)
+    # Both wrapping patterns are plain groups of a rolled row; they differ in where the head of the row goes.
+    if pattern.name == "s2_wrap":
+        order = np.roll(np.arange(t), -(half % t))
+    else:  # in causal order inside each group: the head of the row comes before its tail
+        group_of = (np.arange(t) + half) % t // g
+        order = np.argsort(group_of, kind="stable")
+    back = np.argsort(order)
+    q, k, v = (x[:, order] for x in (q, k, v))
+    segments = None if segment_ids is None else segment_ids[:, order]
+    return pieces(q, k, v, segments, first=g, group=g)[:, back]
+
+
+def pieces(q, k, v, segment_ids, *, first: int, group: int):
+    """Causal attention inside consecutive pieces of a row: one of `first` tokens, then `group` each, then the rest."""
+    b, t = q.shape[:2]
+    first = min(first, t)
+    full = (t - first) // group
+    rest = t - first - full * group
+    if first == group:
+        first, full = 0, full + 1
+
+    def run(start, stop, count):
+        def fold(x):
+            x = x[:, start:stop]
+            return x.reshape(b * count, (stop - start) // count, *x.shape[2:])
+
+        segments = None if segment_ids is None else fold(segment_ids)
+        return causal_attention(fold(q), fold(k), fold(v), segments).reshape(b, stop - start, *q.shape[2:])
+
+    bounds = [(0, first, 1), (first, t - rest, full), (t - rest, t, 1)]
+    return jnp.concatenate([run(*piece) for piece in bounds if piece[1] > piece[0]], axis=1)
+
+
+def _by_predicate(q, k, v, pattern: Pattern, segment_ids):
+    """The definition itself with a [T, T] mask: for the paper's ablations, and the oracle of every test."""
+    b, t, n, h = q.shape
+    heads, i, j = np.arange(n)[:, None, None], np.arange(t)[:, None], np.arange(t)[None, :]
+    mask = jnp.asarray(allowed(pattern, heads, i, j, num_heads=n, seq_len=t))[None]
+    if segment_ids is not None:
+        mask &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    k, v = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("bqnh,bsnh->bnqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
+    scores = jnp.where(mask, scores, MASKED)
+    weights = jnp.where(mask, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
+    # A head of block_sparse may look into another document alone: then it sees nothing, and the sum, which is 1 or
+    # more for everyone else, is 0.
+    total = jnp.maximum(weights.sum(-1, keepdims=True), 0.5)
+    weights = (weights / total).astype(v.dtype)
+    return jnp.einsum("bnqs,bsnh->bqnh", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)

@@ -1,0 +1,277 @@
+"""Attention and loss over a mesh: rows, heads and the sequence cut over devices, no device holding a whole row.
+
+LongLoRA's groups are local, so a sequence that is cut over the `context` axis needs little from elsewhere:
+
+- A shard of whole groups computes the plain heads alone. The shifted heads have a group that straddles the cut: for
+  them it needs the last half group of keys and values of the shard before it, from one neighbour, half of the heads.
+- A shard of half a group is in the same place for either half of the heads by turns: an odd shard ends a plain group,
+  an even one ends a shifted group. It too needs one neighbour's keys and values, of one half of the heads.
+- Anything else (full attention, a quarter of a group) passes heads round instead: all-to-all, after which every
+  device has whole rows of a few heads.
+
+All of it runs inside shard_map: what is exchanged is what is written here.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longlora_jax.attention.attend import attend, attend_part, attend_short, parts_of, pieces, short_runs
+from longlora_jax.attention.kernels import causal_attention
+from longlora_jax.attention.patterns import ABLATIONS, Pattern
+from longlora_jax.errors import UserError
+from longlora_jax.model.losses import cross_entropy, token_nll
+
+NOBODY = -(2**31)  # the segment of tokens that are not there
+NOTHING, NEIGHBOUR, TURNS, HEADS = "nothing", "neighbour", "neighbour by turns", "all-to-all over heads"
+
+
+def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, context: int) -> str:
+    """What attention exchanges over a context axis of that size: NOTHING, NEIGHBOUR, TURNS or HEADS."""
+    shard, g = seq_len // context, pattern.group_size
+    if context == 1 or (pattern.name == "short" and shard % g == 0):
+        return NOTHING
+    if pattern.name == "s2" and shard % g == 0:
+        return NEIGHBOUR
+    # A cut inside of a kv group leaves two halves of unequal shapes, which cannot take turns.
+    if pattern.name == "s2" and 2 * shard == g and num_heads % 2 == 0 and num_kv_heads % 2 == 0:
+        return TURNS
+    return HEADS
+
+
+def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=None):
+    """attention.attend with rows over data and fsdp, the sequence over context and heads over tensor.
+
+    Shapes and meaning as there. T must be a multiple of the context axis (ValueError); rows and heads that their
+    axes do not divide are computed by all devices of the axis. Without a mesh, or on one device, it is attend.
+    """
+    if mesh is None or mesh.size == 1:
+        return attend(q, k, v, pattern, segment_ids=segment_ids)
+    context = mesh.shape["context"]
+    if q.shape[1] % context:
+        raise UserError(f"seq_len={q.shape[1]} is not a multiple of mesh.context={context}: choose another of the two")
+    if pattern.name in ABLATIONS:
+        if context > 1:
+            raise UserError(f"attention.pattern={pattern.name!r} runs on whole rows: set mesh.context=1")
+        parts = [(q, k, v)]
+    else:
+        parts = parts_of(q, k, v, pattern)
+    how = exchange(pattern, q.shape[1], q.shape[2], k.shape[2], context)
+    rows = row_axes(q.shape[0], mesh)
+    specs = [(P(rows, "context", _head_axis(part, pattern, mesh)),) * 3 for part in parts]
+    runs = short_runs(segment_ids, pattern)
+    if runs is not None and pattern.full_below > q.shape[1] // context:
+        raise UserError(
+            f"attention.full_below={pattern.full_below} is more than the {q.shape[1] // context} tokens of a device: "
+            "lower it or mesh.context"
+        )
+    segments = [x for x in (segment_ids, runs) if x is not None]
+
+    def local(*args: Any):
+        parts: Any = args[: len(specs)]
+        given = args[len(specs) :]
+        out = groups(parts, given[0] if given else None)
+        if runs is None:
+            return out
+        size = pattern.full_below
+        return tuple(_short(q, k, v, given[1], size, x, context) for (q, k, v), x in zip(parts, out, strict=True))
+
+    def groups(parts: Any, segment_ids):
+        if pattern.name in ABLATIONS:
+            q, k, v = parts[0]
+            return (attend(q, k, v, pattern, segment_ids=segment_ids),)
+        if how == TURNS:
+            plain, shifted = parts
+            return _by_turns(plain, shifted, segment_ids, context)
+        one: Any = {NOTHING: attend_part, NEIGHBOUR: _whole_groups, HEADS: _by_heads}[how]
+        one = one if how == NOTHING else functools.partial(one, context=context)
+        return tuple(one(q, k, v, pattern, i, segment_ids) for i, (q, k, v) in enumerate(parts))
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(*specs, *(P(rows, "context") for _ in segments)),
+        out_specs=tuple(spec[0] for spec in specs),
+        check_vma=False,
+    )
+    return jnp.concatenate(run(*parts, *segments), axis=2)
+
+
+def row_axes(rows: int, mesh: Mesh) -> tuple[str, ...]:
+    """The axes of the mesh that rows of a batch are cut over: data and fsdp, as far as they divide them."""
+    axes, ways = [], 1
+    for name in ("data", "fsdp"):
+        if rows % (ways * mesh.shape[name]) == 0:
+            axes, ways = [*axes, name], ways * mesh.shape[name]
+    return tuple(axes)
+
+
+def constrain(x, mesh: Mesh | None):
+    """x [B, T, ...] held to where activations live: rows over data and fsdp, the sequence over context."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(row_axes(x.shape[0], mesh), "context")))
+
+
+def embed_on_mesh(embedding, tokens, mesh: Mesh | None, dtype, *, chunks: int = 1):
+    """embedding[tokens] in dtype: [V, D] and [B, T] give [B, T, D], where activations live.
+
+    Every device looks up its columns for the tokens of all devices that share the embedding with it, and sends them
+    home: nobody holds the whole embedding, or a whole row of activations. chunks: so many shares of a device's tokens,
+    one after another.
+    """
+    if mesh is None or mesh.size == 1:
+        return embedding[tokens].astype(dtype)
+    shared = ("fsdp", "context")
+    rows = row_axes(tokens.shape[0], mesh)
+
+    def local(columns, tokens):
+        if chunks == 1 or tokens.shape[1] % chunks:
+            return share(columns, tokens)
+        pieces = tokens.reshape(tokens.shape[0], chunks, -1).swapaxes(0, 1)
+        found = jax.lax.map(lambda piece: share(columns, piece), pieces)
+        return found.swapaxes(0, 1).reshape(*tokens.shape, -1)
+
+    def share(columns, tokens):
+        everyone = jax.lax.all_gather(tokens, shared)  # [n, b, t]
+        first = jax.lax.axis_index("tensor") * columns.shape[0]
+        here = (everyone >= first) & (everyone < first + columns.shape[0])
+        found = columns[jnp.where(here, everyone - first, 0)].astype(dtype)
+        found = jax.lax.psum(jnp.where(here[..., None], found, 0), "tensor")  # one of them has the token
+        return jax.lax.all_to_all(found, shared, split_axis=0, concat_axis=3, tiled=True)[0]
+
+    specs = (P("tensor", shared), P(rows, "context"))
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(rows, "context", None), check_vma=False)
+    return run(embedding, tokens)
+
+
+def cross_entropy_on_mesh(hidden, kernel, targets, weights, mesh: Mesh | None, *, chunk: int):
+    """losses.cross_entropy with every device scoring its own tokens, in chunks of its own.
+
+    hidden: [B, T, D]; kernel: [D, V], gathered on every device; targets, weights: [B, T]. The tokens of a tensor axis,
+    which all of its devices hold, are shared out among them where they divide.
+    """
+    if mesh is None or mesh.size == 1:
+        return cross_entropy(hidden, kernel, targets, weights, chunk=chunk)
+    rows = row_axes(hidden.shape[0], mesh)
+    sequence = ("context", "tensor")
+    if hidden.shape[1] % (mesh.shape["context"] * mesh.shape["tensor"]):
+        sequence = ("context",)
+
+    def local(hidden, kernel, targets, weights):
+        return jax.lax.psum(cross_entropy(hidden, kernel, targets, weights, chunk=chunk), (*rows, *sequence))
+
+    specs = (P(rows, sequence, None), P(), P(rows, sequence), P(rows, sequence))
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False)
+    return run(hidden, kernel, targets, weights)
+
+
+def token_nll_on_mesh(hidden, kernel, targets, mesh: Mesh | None):
+    """losses.token_nll with every device scoring its own tokens; hidden: [B, T, D], targets: [B, T]."""
+    if mesh is None or mesh.size == 1:
+        return token_nll(hidden, kernel, targets)
+    here = P(row_axes(hidden.shape[0], mesh), "context")
+    run = jax.shard_map(token_nll, mesh=mesh, in_specs=(here, P(), here), out_specs=here, check_vma=False)
+    return run(hidden, kernel, targets)
+
+
+def _head_axis(part, pattern: Pattern, mesh: Mesh) -> str | None:
+    fits = all(x.shape[2] % mesh.shape["tensor"] == 0 for x in part)
+    return "tensor" if fits and pattern.name not in ABLATIONS else None  # an ablation's heads are not alike
+
+
+def _from_the_left(x, context: int):
+    """What the shard before this one gives; zeros on the first shard."""
+    return jax.lax.ppermute(x, "context", [(i, i + 1) for i in range(context - 1)])
+
+
+def _whole_groups(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
+    """A shard of whole groups: [b, t, n, h] local, t a multiple of G."""
+    g = pattern.group_size
+    if part == 0:
+        return attend_part(q, k, v, pattern, part, segment_ids)
+    half, t = g // 2, q.shape[1]
+    before = _neighbour(k[:, -half:], v[:, -half:], None if segment_ids is None else segment_ids[:, -half:], context)
+    first = g - half  # tokens here of the group that began in the shard before
+    head = _after(before, q[:, :first], k[:, :first], v[:, :first], _cut(segment_ids, 0, first))
+    rest = pieces(q[:, first:], k[:, first:], v[:, first:], _cut(segment_ids, first, t), first=g, group=g)
+    return jnp.concatenate([head, rest], axis=1)
+
+
+def _by_turns(plain, shifted, segment_ids, context: int):
+    """A shard of half a group: the half of the heads whose group ends here needs the shard before, by turns."""
+    odd = jax.lax.axis_index("context") % 2 == 1
+
+    def turn(one, other, on):
+        return tuple(jnp.where(on, x, y) for x, y in zip(one, other, strict=True))
+
+    ends, begins = turn(plain, shifted, odd), turn(shifted, plain, odd)
+    # The shard after this one is of the other kind: what ends there is what begins here.
+    before = _neighbour(begins[1], begins[2], segment_ids, context)
+    out_ends = _after(before, ends[0], ends[1], ends[2], segment_ids)
+    out_begins = causal_attention(begins[0], begins[1], begins[2], segment_ids)
+    return turn((out_ends, out_begins), (out_begins, out_ends), odd)
+
+
+def _neighbour(k, v, segments, context: int):
+    """(k, v, segments) of the shard before; on the first shard its tokens are nobody's. segments may be None."""
+    k, v = _from_the_left(k, context), _from_the_left(v, context)
+    if segments is not None:
+        segments = jnp.where(jax.lax.axis_index("context") == 0, NOBODY, _from_the_left(segments, context))
+    return k, v, segments
+
+
+def _after(before, q, k, v, segment_ids):
+    """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
+    k_before, v_before, segments_before = before
+    s, t = k_before.shape[1], q.shape[1]
+    # Queries for the keys before as well, so that the kernel sees a square: their results are dropped.
+    nobody = jnp.zeros((q.shape[0], s, *q.shape[2:]), q.dtype)
+
+    def join(x, y):
+        return jnp.concatenate([x, y], axis=1)
+
+    if segment_ids is not None:
+        segments = join(segments_before, segment_ids)
+        return causal_attention(join(nobody, q), join(k_before, k), join(v_before, v), segments)[:, s:]
+    # What the first shard was given stands behind its own tokens: in their future, where nobody looks.
+    first = jax.lax.axis_index("context") == 0
+
+    def place(x, y):
+        return jnp.where(first, join(y, x), join(x, y))
+
+    out = causal_attention(place(nobody, q), place(k_before, k), place(v_before, v))
+    return jnp.where(first, out[:, :t], out[:, s:])
+
+
+def _short(q, k, v, runs, size: int, others, context: int):
+    """attention.attend_short on a shard, with the tokens before it from one neighbour."""
+    before = None
+    if context > 1:
+        k_before, v_before, runs_before = (_from_the_left(x[:, -size:], context) for x in (k, v, runs))
+        first = jax.lax.axis_index("context") == 0
+        before = k_before, v_before, jnp.where(first, -2, runs_before)
+    return attend_short(q, k, v, runs, size, others, before)
+
+
+def _cut(segment_ids, start: int, stop: int):
+    return None if segment_ids is None else segment_ids[:, start:stop]
+
+
+def _by_heads(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
+    """Whole rows of a share of the heads: all-to-all there and back."""
+    n = q.shape[2]
+    if n % context or k.shape[2] % context:
+        # Each query head brings its own keys and values; what is missing to a share for everyone is zeros.
+        k, v = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -n % context), (0, 0))) for x in (q, k, v))
+    swap = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
+    q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+    if segment_ids is not None:
+        segment_ids = jax.lax.all_gather(segment_ids, "context", axis=1, tiled=True)
+    out = attend_part(q, k, v, pattern, part, segment_ids)
+    return swap(out, split_axis=1, concat_axis=2)[:, :, :n]

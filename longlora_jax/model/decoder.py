@@ -1,0 +1,328 @@
+"""A LLaMA in Flax: the only file that knows flax.linen.
+
+One declaration per weight: its shape, logical axes and initializer stand where the weight is used, and abstract
+parameters, shardings and real ones all follow from it (see `abstract_params`, `logical_axes`, `init_params`).
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from longlora_jax.attention.context_parallel import HEADS, attend_on_mesh, constrain, embed_on_mesh, exchange
+from longlora_jax.attention.kernels import keeps_cudnn
+from longlora_jax.attention.patterns import ABLATIONS, FULL, Pattern
+from longlora_jax.attention.rope import apply_rope, rope_frequencies, rope_tables
+from longlora_jax.config import ModelConfig
+from longlora_jax.model.cache import Cache, attend_to_cache, cache_tables
+from longlora_jax.model.linear import Linear, Norm, SwiGLU, head_chunks, over_heads, over_sequence
+from longlora_jax.model.lora import LoraConfig
+
+# What is kept of a block for its backward pass; everything else is computed again.
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": _policies.everything_saveable,
+    "attention": _policies.save_from_both_policies(_policies.save_only_these_names("qkv", "attention"), keeps_cudnn),
+    "block": _policies.nothing_saveable,  # but for the block's input, which is always kept
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+def _declare(module: nn.Module, name: str, init_fn, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Declares a weight of a module; param unboxes what the initializer boxes, which flax's annotations miss."""
+    boxed = nn.with_logical_partitioning(init_fn, axes)
+    return module.param(name, boxed, shape)  # pyright: ignore[reportReturnType]
+
+
+class RMSNorm(nn.Module):
+    """The learned scale of a Norm."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, features: int) -> Norm:
+        return Norm(_declare(self, "scale", nn.initializers.ones, ("norm",), (features,)), eps=self.eps)
+
+
+class Projection(nn.Module):
+    """The weights of a Linear: a kernel [*in, *out] and, if this projection is a target, its adapter.
+
+    axes: logical names of the kernel's axes, the first `input_axes` of them read; features: sizes of *out.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    stddev: float
+    lora: LoraConfig | None
+    use_bias: bool = False
+    input_axes: int = 1
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(self, *inputs: int) -> Linear:
+        """inputs: sizes of *in."""
+        in_axes, out_axes, lora = self.axes[: self.input_axes], self.axes[self.input_axes :], self.lora
+        declare, key = functools.partial(_declare, self), None
+        kernel = declare("kernel", nn.initializers.normal(self.stddev), self.axes, (*inputs, *self.features))
+        bias = declare("bias", nn.initializers.zeros, out_axes, self.features) if self.use_bias else None
+        lora_a = lora_b = None
+        if lora is not None and self.name in lora.targets:
+            # Kaiming uniform with a = sqrt(5), as PEFT and the LoRA authors' code: U(-1/sqrt(in), 1/sqrt(in)).
+            read = tuple(range(self.input_axes))
+            random = nn.initializers.variance_scaling(
+                1 / 3, "fan_in", "uniform", in_axis=read, out_axis=self.input_axes
+            )
+            lora_a = declare("lora_a", random, (*in_axes, "rank"), (*inputs, lora.rank))
+            lora_b = declare("lora_b", nn.initializers.zeros, ("rank", *out_axes), (lora.rank, *self.features))
+            key = self.make_rng("dropout") if lora.dropout and self.has_rng("dropout") else None
+        return Linear(
+            kernel,
+            bias,
+            lora_a,
+            lora_b,
+            key,
+            input_axes=self.input_axes,
+            scale=lora.scale if lora else 0.0,
+            dropout=lora.dropout if lora else 0.0,
+            merge=self.mesh is None or self.mesh.shape["context"] == 1,
+        )
+
+
+class Attention(nn.Module):
+    """q, k, v, RoPE at the true positions, attend() under the pattern; what o_proj reads, and its weights."""
+
+    config: ModelConfig
+    lora: LoraConfig | None
+    pattern: Pattern
+    mesh: Mesh | None
+    chunks: int
+
+    @nn.compact
+    def __call__(self, x, norm: Norm, cos, sin, segment_ids, cache: Cache | None = None):
+        """x: [B, T, D], before its norm. Returns (y [B, T, N, H], o_proj, cache)."""
+        c, d = self.config, x.shape[-1]
+        linear = functools.partial(
+            Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.attention_bias, mesh=self.mesh
+        )
+        heads, kv_heads = (c.num_attention_heads, c.head_dim), (c.num_key_value_heads, c.head_dim)
+        q = linear(heads, ("embed", "heads", "head_dim"), name="q_proj")(d)
+        k = linear(kv_heads, ("embed", "kv_heads", "head_dim"), name="k_proj")(d)
+        v = linear(kv_heads, ("embed", "kv_heads", "head_dim"), name="v_proj")(d)
+
+        def attend_heads(q, k, v, x):
+            with jax.named_scope("qkv"):
+                x = norm(x)
+                q, k, v = q(x), k(x), v(x)
+            with jax.named_scope("rope"):
+                q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+            with jax.named_scope("attend"):
+                return attend_on_mesh(q, k, v, self.pattern, self.mesh, segment_ids=segment_ids)
+
+        if cache is None:
+            y = over_heads(attend_heads, q, k, v, x, mesh=self.mesh, **self._head_chunks(x.shape[1]))
+        else:
+            x = norm(x)
+            with jax.named_scope("attend"):
+                y, cache = attend_to_cache(q(x), k(x), v(x), cos, sin, cache)
+        out_axes = ("heads", "head_dim", "embed")
+        return y, linear((c.hidden_size,), out_axes, input_axes=2, name="o_proj")(*heads), cache
+
+    def _head_chunks(self, t: int) -> dict[str, int]:
+        """{chunks, parts} of over_heads."""
+        c, mesh = self.config, self.mesh
+        parts = 1 if self.pattern.name in ("full", "short") else 2
+        if self.chunks == 1 or self.pattern.name in ABLATIONS or (mesh and mesh.shape["tensor"] > 1):
+            return {"chunks": 1, "parts": parts}
+        context = mesh.shape["context"] if mesh else 1
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        shares = context if exchange(self.pattern, t, heads, kv_heads, context) == HEADS else 1
+        return {"chunks": head_chunks(self.chunks, heads, kv_heads, parts, shares), "parts": parts}
+
+
+class MLP(nn.Module):
+    """The weights of a SwiGLU."""
+
+    config: ModelConfig
+    lora: LoraConfig | None
+    mesh: Mesh | None
+
+    @nn.compact
+    def __call__(self) -> SwiGLU:
+        c = self.config
+        d, f = c.hidden_size, c.intermediate_size
+        linear = functools.partial(
+            Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.mlp_bias, mesh=self.mesh
+        )
+        gate = linear((f,), ("embed", "mlp"), name="gate_proj")(d)
+        up = linear((f,), ("embed", "mlp"), name="up_proj")(d)
+        return SwiGLU(gate, up, linear((d,), ("mlp", "embed"), name="down_proj")(f))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block, in the form that nn.scan wants: ((x, cache), ...) -> ((x, cache), None)."""
+
+    config: ModelConfig
+    lora: LoraConfig | None
+    pattern: Pattern
+    mesh: Mesh | None
+    chunks: int
+
+    @nn.compact
+    def __call__(self, carry, cos, sin, segment_ids):
+        x, cache = carry
+        d, eps = self.config.hidden_size, self.config.rms_norm_eps
+        x = checkpoint_name(constrain(x, self.mesh), "block_input")
+        attention = Attention(self.config, self.lora, self.pattern, self.mesh, self.chunks, name="self_attn")
+        y, o, cache = attention(x, RMSNorm(eps, name="input_layernorm")(d), cos, sin, segment_ids, cache)
+        norm = RMSNorm(eps, name="post_attention_layernorm")(d)
+        mlp = MLP(self.config, self.lora, self.mesh, name="mlp")()
+
+        def rest(weights, x, y):
+            o, norm, mlp = weights
+            x += o(y)
+            return x + mlp(norm(x))
+
+        x = over_sequence(rest, (o, norm, mlp), x, y, mesh=self.mesh, chunks=self.chunks)
+        return (constrain(x, self.mesh), cache), None
+
+
+def neftune_noise(key, x, alpha: float, segment_ids=None):
+    """Uniform noise in +-alpha / sqrt(L D) for embeddings x [B, T, D]. arXiv:2310.05914.
+
+    L: tokens of the sequence that a token belongs to: its segment, or the whole row without segment_ids [B, T].
+    """
+    lengths = jnp.full(x.shape[:2], x.shape[1])
+    if segment_ids is not None:
+        lengths = jax.vmap(lambda row: jnp.bincount(row, length=row.size + 1)[row])(segment_ids)
+    bound = alpha * jax.lax.rsqrt((lengths * x.shape[2]).astype(jnp.float32))
+    noise = jax.random.uniform(key, x.shape, jnp.float32, -1, 1)
+    return (noise * jnp.broadcast_to(bound[..., None], x.shape)).astype(x.dtype)
+
+
+class Llama(nn.Module):
+    """A LLaMA with optional adapters, under one attention pattern.
+
+    dtype: of activations and of weights where they are multiplied; remat: a name out of REMAT; mesh: where it runs,
+    None for one device; chunks: a block's heads and tokens come in so many chunks (see linear.py); neftune_alpha: noise
+    on the embeddings where a dropout key is given, as in training alone.
+    `apply({"params": params}, tokens)` gives logits; `method="hidden"` stops before the output projection.
+    """
+
+    config: ModelConfig
+    lora: LoraConfig | None = None
+    pattern: Pattern = FULL
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    mesh: Mesh | None = None
+    chunks: int = 1
+    neftune_alpha: float = 0.0
+
+    def setup(self):
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+        self.embed_tokens = _Weight("embedding", (c.vocab_size, c.hidden_size), ("vocab", "embed"), normal)
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+        scan = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            length=c.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.layers = scan(c, self.lora, self.pattern, self.mesh, self.chunks)
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = _Weight("kernel", (c.hidden_size, c.vocab_size), ("embed", "vocab"), normal)
+
+    def hidden(self, tokens, positions=None, segment_ids=None, cache: Cache | None = None):
+        """tokens, positions, segment_ids: [B, T] int32; positions default to 0..T-1. Returns [B, T, D], normed.
+
+        With a cache the tokens follow what it holds, positions and segment_ids are not read, attention is full, and
+        (x, cache) is returned; the caller says how far its lengths go on.
+        """
+        c = self.config
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        with jax.named_scope("embed"):
+            x = embed_on_mesh(self.embed_tokens(), tokens, self.mesh, self.dtype, chunks=self.chunks)
+            if self.neftune_alpha and self.has_rng("dropout"):
+                x += constrain(neftune_noise(self.make_rng("dropout"), x, self.neftune_alpha, segment_ids), self.mesh)
+        frequencies = rope_frequencies(
+            head_dim=c.head_dim,
+            theta=c.rope_theta,
+            scaling=c.rope_scaling,
+            seq_len=tokens.shape[1],
+        )
+        cos, sin = rope_tables(positions, *frequencies) if cache is None else cache_tables(cache, tokens.shape[1])
+        (x, cache), _ = self.layers((x, cache), cos, sin, segment_ids)
+        return self.norm(c.hidden_size)(x) if cache is None else (self.norm(c.hidden_size)(x), cache)
+
+    def __call__(self, tokens, positions=None, segment_ids=None, cache: Cache | None = None):
+        """As `hidden`, then the output projection: logits [B, T, V] float32, or (logits, cache)."""
+        x = self.hidden(tokens, positions, segment_ids, cache)
+        x, cache = x if isinstance(x, tuple) else (x, None)
+        kernel = self.embed_tokens().T if self.config.tie_word_embeddings else self.lm_head()
+        logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        return logits if cache is None else (logits, cache)
+
+
+class _Weight(nn.Module):
+    """One bare array."""
+
+    leaf: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    init_fn: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self):
+        return _declare(self, self.leaf, self.init_fn, self.axes, self.shape)
+
+
+def output_kernel(params):
+    """The output projection [D, V] of a param tree: lm_head, or the transposed embedding of a tied model."""
+    return params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"].T
+
+
+def _boxed_init(model: Llama, key):
+    return model.clone(mesh=None, chunks=1).init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def init_params(model: Llama, key):
+    """Random float32 parameters of a model, as nested dicts."""
+    return nn.meta.unbox(_boxed_init(model, key))
+
+
+def abstract_params(model: Llama):
+    """Shapes and dtypes of init_params without computing anything: a tree of jax.ShapeDtypeStruct."""
+    return nn.meta.unbox(_abstract_weights(model))
+
+
+def logical_axes(model: Llama):
+    """A tree like abstract_params of jax.sharding.PartitionSpec in logical names (see sharding.py)."""
+    return nn.get_partition_spec(_abstract_weights(model))
+
+
+def _abstract_weights(model: Llama):
+    # Tracing takes a second, and a planner asks for many windows: what weights do not depend on is left out.
+    config = dataclasses.replace(model.config, rope_scaling=None, max_position_embeddings=1)
+    bare = Llama(config, model.lora and dataclasses.replace(model.lora))
+    return _traced_weights(bare)  # pyright: ignore[reportArgumentType]: modules have a hash
+
+
+@functools.lru_cache(maxsize=16)
+def _traced_weights(model: Llama):
+    return jax.eval_shape(functools.partial(_boxed_init, model), jax.random.key(0))

@@ -1,0 +1,168 @@
+"""What a training step costs by formula: FLOPs as the paper counts them, memory on a device, what is sent."""
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, TURNS, exchange
+from longlora_jax.config import Config
+from longlora_jax.training import run
+
+log = logging.getLogger(__name__)
+
+SPARE = 0.9  # of a device's memory that an estimate may fill: it is right within a tenth
+FASTEST_FIRST = ("none", "attention", "block", "offload")
+
+
+def forward_flops(config: Config) -> dict[str, int]:
+    """FLOPs of one forward pass of one row of seq_len tokens: {ffn, proj, attention, others, total}.
+
+    Counted as the paper does (arXiv:2309.12307, appendix): two for a multiplication and an addition; attention as if it
+    were not causal, 4 T^2 N H L under full attention and a group in place of the second T under groups; others is the
+    output projection.
+    """
+    c, t = config.model, config.seq_len
+    assert c is not None
+    heads, kv_heads = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+    seen = config.attention.group_tokens(t) or t
+    flops = {
+        "ffn": 6 * t * c.hidden_size * c.intermediate_size * c.num_hidden_layers,
+        "proj": 2 * t * c.hidden_size * (2 * heads + 2 * kv_heads) * c.num_hidden_layers,
+        "attention": 4 * t * seen * heads * c.num_hidden_layers,
+        "others": 2 * t * c.hidden_size * c.vocab_size,
+    }
+    return flops | {"total": sum(flops.values())}
+
+
+def step_flops(config: Config, forward: dict[str, int]) -> int:
+    """FLOPs of one row's training step: useful ones, not what remat computes again.
+
+    Adapters leave the kernels frozen: a frozen matrix costs its forward and the gradient of its input, once each.
+    """
+    matrices = forward["ffn"] + forward["proj"]
+    return (2 if config.mode != "full" else 3) * matrices + 3 * forward["attention"] + 2 * forward["others"]
+
+
+def estimate(config: Config, mesh) -> dict[str, int]:
+    """Bytes on a device by hand: {weights, trainables, optimizer, block_inputs, working_set, gathered, total}.
+
+    What is held between steps is exact. block_inputs are what the backward pass keeps of every layer; working_set, what
+    one block needs at its worst, in bytes a token; gathered, the weights of two layers, lm_head and the gradient of the
+    embedding. The constants 8, 11 and 8 are fitted to the compiler's counts in benchmarks/tpu_plans.json, which this
+    meets within a tenth; of remat `none` and `attention`, and of chunks, one count each was taken, which it meets
+    within 5%. float32 takes twice the activations of bfloat16.
+    """
+    c = config.model
+    assert c is not None
+    model = run.build_model(config, mesh)
+    state, frozen = run.abstract_state(config, model, mesh)
+
+    def held(tree) -> int:
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
+    tokens = config.batch_size // config.accumulation * config.seq_len // ways
+    tensor, layers, d = mesh.shape["tensor"], c.num_hidden_layers, c.hidden_size
+    heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    size = jnp.dtype(config.dtype).itemsize
+    kept = {
+        "block": layers * d,
+        "offload": 8 * d,  # those on their way to the host and back
+        "attention": layers * (d + (heads + d) // tensor),
+        "none": layers * (12 * d + (2 * heads + 4 * c.intermediate_size) // tensor),
+    }
+    matrices = d * (heads + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size)
+    found = {
+        "weights": held(frozen),
+        "trainables": held(state.trainable),
+        "optimizer": held(state.opt_state),
+        "block_inputs": size * tokens * kept[config.remat],
+        "working_set": size // 2 * tokens * ((8 * c.intermediate_size // tensor + 5 * d) // config.chunks + 6 * d),
+        "gathered": 2 * 2 * matrices // tensor + (2 + 4) * c.vocab_size * d // tensor,
+    }
+    return found | {"total": sum(found.values())}
+
+
+def host_bytes(config: Config, mesh) -> int:
+    """Bytes of a device's share of the host's memory: the blocks' inputs of every layer, if they are offloaded."""
+    if config.remat != "offload":
+        return 0
+    assert config.model is not None
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
+    tokens = config.batch_size // config.accumulation * config.seq_len // ways
+    return tokens * config.model.num_hidden_layers * config.model.hidden_size * jnp.dtype(config.dtype).itemsize
+
+
+def choose_remat(config: Config, mesh, limit: float) -> Config:
+    """The config with the fastest remat that estimate() puts within SPARE of limit bytes a device, else offload."""
+    for remat in FASTEST_FIRST:
+        chosen = dataclasses.replace(config, remat=remat)
+        if estimate(chosen, mesh)["total"] <= SPARE * limit:
+            break
+    return chosen
+
+
+def resolve_remat(config: Config, mesh) -> Config:
+    """The config with remat="auto" made a name: by the memory of this process's devices, block where they tell none.
+
+    CPUs tell none, and computing a block again is faster there than keeping it (benchmarks/train_step.json).
+    """
+    if config.remat != "auto":
+        return config
+    limits = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in mesh.local_devices]
+    if not all(limits):
+        log.info("remat auto: block, as these devices do not tell their memory")
+        return dataclasses.replace(config, remat="block")
+    config = choose_remat(config, mesh, min(limits))
+    needed = estimate(config, mesh)["total"] / 2**30
+    log.info("remat auto: %s, %.2f of %.2f GiB a device by estimate", config.remat, needed, min(limits) / 2**30)
+    return config
+
+
+def sent(config: Config, mesh) -> list[dict[str, Any]]:
+    """What a step sends by formula, as collectives.totals has it of a compiled one: [{"op", "axis", "bytes"}].
+
+    Bytes are those of the results on one device. For each part of an update: blocks' kernels are gathered layer by
+    layer, forward and again backward, lm_head once; looked-up embeddings go home and their gradients back; attention
+    exchanges what context_parallel says, forward, again for the backward pass, and as gradients; the other trainables'
+    gradients are summed. A tensor axis sums eight arrays of activations a layer (o, down; o again; the gradients of q,
+    k, v, gate and up) and two of embeddings; heads that XLA moves about over it are not counted, nor tokens and norms,
+    nor what chunks gather and exchange once more.
+    """
+    c = config.model
+    assert c is not None
+    size, shape = jnp.dtype(config.dtype).itemsize, mesh.shape
+    rows = max(config.batch_size // (shape["data"] * shape["fsdp"]), config.accumulation)  # of a device, a step
+    tokens = rows * config.seq_len // shape["context"]
+    h, d, layers, tensor = c.head_dim, c.hidden_size, c.num_hidden_layers, shape["tensor"]
+    heads, kv_heads = c.num_attention_heads * h // tensor, c.num_key_value_heads * h // tensor
+    block = d * (2 * heads + 2 * kv_heads + 3 * c.intermediate_size // tensor)
+    lm_head = d * c.vocab_size // tensor
+    pattern = run.build_model(config).pattern
+    how = exchange(pattern, config.seq_len, c.num_attention_heads, c.num_key_value_heads, shape["context"])
+    rank = 0 if config.mode == "full" else config.lora.rank
+    wide = {"q_proj": heads, "o_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    adapters = layers * rank * sum(d + wide.get(name, c.intermediate_size // tensor) for name in config.lora.targets)
+    trained = layers * block + lm_head if config.mode == "full" else adapters
+
+    def row(op: str, axes: tuple[str, ...], elements: float, bytes_each: int = size) -> dict[str, Any] | None:
+        axes = tuple(axis for axis in axes if shape[axis] > 1)
+        return {"op": op, "axis": "+".join(axes), "bytes": int(elements * bytes_each)} if axes and elements else None
+
+    found = [
+        row("all-gather", ("fsdp", "context"), config.accumulation * (2 * layers * block + lm_head)),
+        row("all-to-all", ("fsdp", "context"), 2 * tokens * d),
+        row("all-reduce", ("data", "fsdp", "context"), config.accumulation * trained, 4),
+        row("all-reduce", ("tensor",), (8 * layers + 2) * tokens * d),
+    ]
+    if how in (NEIGHBOUR, TURNS):
+        found.append(
+            row("collective-permute", ("context",), 6 * layers * rows * pattern.group_size // 2 * kv_heads // 2)
+        )
+    if how == HEADS:
+        found.append(row("all-to-all", ("context",), 3 * layers * tokens * (2 * heads + 2 * kv_heads)))
+    return sorted(filter(None, found), key=lambda row: -row["bytes"])

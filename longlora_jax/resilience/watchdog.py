@@ -1,0 +1,106 @@
+"""What ends a run before its last step: SIGTERM, which saves first, and a standstill, which nobody else would notice.
+
+Both end it with exit code 75, and the same command goes on from the newest checkpoint.
+"""
+
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from longlora_jax.parallel import distributed
+
+log = logging.getLogger("longlora_jax")
+
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, start it again
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 600  # to save after SIGTERM; most schedulers send SIGKILL long before
+_HERE = str(Path(__file__).parents[2])
+
+
+class Watch:
+    """A thread beside the steps of a run. `with Watch(stall_seconds) as watch:` in the main thread.
+
+    stall_seconds: a run that completes no step for so long is ended.
+    """
+
+    def __init__(self, stall_seconds: float):
+        self._stall_seconds = stall_seconds
+        self._step: int | None = None  # the last one that is done; None before the first batch is there
+        self._last: int | None = None  # the step at which to save and end
+        self._deadline = float("inf")
+        self._asked, self._deciding, self._over = False, threading.Lock(), threading.Event()
+
+    def __enter__(self) -> "Watch":
+        # Python runs its handlers between two lines of Python, and a step or a save that hangs has none. The number of
+        # the signal goes into a pipe at once.
+        self._pipe, pipe = os.pipe()
+        os.set_blocking(pipe, False)
+        self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._fd = signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self._thread.join()
+        os.close(signal.set_wakeup_fd(self._fd))
+        os.close(self._pipe)
+        signal.signal(signal.SIGTERM, self._handler)
+
+    def begin(self, step: int) -> None:
+        """From here on, so many are done already: SIGTERM waits for the next step, and it must come in time."""
+        with self._deciding:
+            self._step, self._deadline = step, time.monotonic() + self._stall_seconds
+
+    def due(self, step: int) -> bool:
+        """Whether to save and end after this step, which is done; all processes are told so at the same step."""
+        with self._deciding:
+            self._step = step
+            if not self._asked:
+                self._deadline = time.monotonic() + self._stall_seconds
+            return self._last is not None and step >= self._last
+
+    def _watch(self) -> None:
+        while not self._over.is_set():
+            if select.select([self._pipe], [], [], _POLL_SECONDS)[0]:
+                for _ in range(os.read(self._pipe, 64).count(signal.SIGTERM)):
+                    self._terminate()
+            if self._last is None and distributed.is_stop_asked():
+                self._decide()
+            if time.monotonic() > self._deadline:
+                self._stand_still()
+
+    def _terminate(self) -> None:
+        if self._step is None:
+            distributed.end_all("SIGTERM before the first step: nothing to save, start the same command again", AGAIN)
+        if self._asked:
+            distributed.end_all("a second SIGTERM: ended without waiting for the save, start the same command again to "
+                                "go on from the newest checkpoint", AGAIN)  # fmt: skip
+        log.info("SIGTERM: saving after this step")
+        self._asked, self._deadline = True, time.monotonic() + _GRACE_SECONDS
+        distributed.ask_to_stop()
+        self._decide()
+
+    def _decide(self) -> None:
+        """Names the step at which all end: one that none of them has passed. Their threads agree while steps run."""
+        with self._deciding:  # who comes to the end of a step now waits for the answer
+            self._asked, self._deadline = True, min(self._deadline, time.monotonic() + _GRACE_SECONDS)
+            self._last = distributed.highest(-1 if self._step is None else self._step) + 1
+
+    def _stand_still(self) -> None:
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        ours = [f for f in traceback.extract_stack(frame) if f.filename.startswith(_HERE)]
+        where = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno}: {ours[-1].line})" if ours else ""
+        seconds = f"{_GRACE_SECONDS:g} seconds after SIGTERM" if self._asked else f"{self._stall_seconds:g} seconds"
+        distributed.end_all(
+            f"step {self._step} is done, and nothing has moved for {seconds}{where}: look at the disks and the other "
+            "hosts, or raise --stall_seconds; the same command goes on from the newest checkpoint",
+            AGAIN,
+        )

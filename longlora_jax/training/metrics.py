@@ -1,0 +1,143 @@
+"""What a run reports: metrics.jsonl, TensorBoard events, Weights & Biases if asked, and the census at the start."""
+
+import json
+import logging
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from longlora_jax import progress
+from longlora_jax.errors import UserError
+from longlora_jax.files import read_json, write_json
+from longlora_jax.parallel import distributed
+
+log = logging.getLogger(__name__)
+
+
+class _Console(logging.Handler):
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def log_to_console() -> None:
+    """Log lines go to standard output, above the progress bar: ours from INFO on, those of others from WARNING on.
+
+    Standard error is left to the progress bar and to the one line that says what the user got wrong.
+    """
+    logging.captureWarnings(True)
+    logging.getLogger().handlers[:] = [_Console()]
+    for name, level in {None: logging.WARNING, "absl": logging.WARNING, "longlora_jax": logging.INFO}.items():
+        logging.getLogger(name).setLevel(level)
+
+
+def leave_talking() -> None:
+    """From here on this process logs errors alone and draws no bars: another one of the run does."""
+    progress.silence()
+    logging.getLogger("longlora_jax").setLevel(logging.ERROR)
+
+
+class MetricsLog:
+    """Writes each logged step to metrics.jsonl, to TensorBoard and to Weights & Biases, in a run's first process.
+
+    start_step: the step that a run resumes from; later lines of an earlier attempt, and a line that a crash
+    cut off, are removed first, so no step is reported twice. wandb: a project of Weights & Biases, "" for none;
+    config: what is kept there as the run's config. Raises UserError if Weights & Biases does not let the run in.
+    """
+
+    def __init__(self, workdir: str, *, start_step: int, wandb: str = "", config: dict[str, Any] | None = None):
+        self._on = distributed.is_first()
+        if not self._on:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._wandb = _start_wandb(wandb, workdir, config) if wandb else None
+        path = Path(workdir) / "metrics.jsonl"
+        _keep_until(path, start_step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        # Events of steps that a crash undid stay in their file: TensorBoard drops them at purge_step.
+        self._events = SummaryWriter(workdir, purge_step=start_step + 1 if start_step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes one object: {"step": step, **values}."""
+        if not self._on:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes all of them."""
+        if self._on:
+            self._file.close()
+            self._events.close()
+            if self._wandb:
+                self._wandb.finish()
+
+
+def check_wandb(project: str) -> None:
+    """Raises UserError if a run that reports to a project of Weights & Biases ("" for none) could not."""
+    if project and distributed.is_first():
+        _import_wandb(project)
+
+
+def _import_wandb(project: str):
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(f"wandb={project!r} needs a package: pip install wandb, or leave wandb empty") from None
+    return wandb
+
+
+def _start_wandb(project: str, workdir: str, config: dict[str, Any] | None):
+    """The run of a workdir at Weights & Biases: a resumed one goes on in the one that its wandb.json names."""
+    wandb = _import_wandb(project)
+    path = Path(workdir) / "wandb.json"
+    saved = read_json(str(path)) if path.exists() else {}
+    if saved.get("project") != project:
+        saved = {"project": project, "id": secrets.token_hex(4)}
+        write_json(str(path), saved)
+    name = Path(workdir).absolute().name
+    try:
+        return wandb.init(project=project, id=saved["id"], resume="allow", name=name, dir=workdir, config=config)
+    except wandb.Error as error:
+        fault = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"Weights & Biases: {fault}; or set WANDB_MODE=offline, or leave wandb empty") from error
+
+
+def peak_memory() -> dict[str, float]:
+    """{"perf/peak_memory_gib": the most that a device of this process held so far}; {} where devices do not say."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return {"perf/peak_memory_gib": max(peaks) / 2**30} if peaks else {}
+
+
+def _keep_until(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept, bad = [], 0
+    for line in path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, TypeError, KeyError):  # a machine that died while it wrote may leave anything
+            bad += 1
+    if bad:
+        log.warning("%s: %d lines that are not metrics are removed", path, bad)
+    aside = path.with_suffix(".incomplete")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)
+
+
+def census_lines(groups: dict[str, dict[str, int]]) -> list[str]:
+    """The census of trainable.census as aligned lines, totals last."""
+    rows = [(name, g["trainable"], g["frozen"]) for name, g in groups.items()]
+    rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+    lines = [f"{'group':<10} {'trainable':>16} {'frozen':>16}"]
+    return lines + [f"{name:<10} {trainable:>16,} {frozen:>16,}" for name, trainable, frozen in rows]

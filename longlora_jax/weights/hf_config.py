@@ -1,0 +1,244 @@
+"""config.json of Hugging Face <-> ModelConfig."""
+
+import os
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from longlora_jax.attention.rope import RopeScaling, rope_from_hf, rope_to_hf, window_from_hf
+from longlora_jax.config import ModelConfig
+from longlora_jax.errors import UserError
+from longlora_jax.files import one_line, read_json
+
+_SHOWN_FAULTS = 8
+_SHOWN_CHARACTERS = 1600  # of them all
+_MOST_LAYERS = 10_000  # a LLaMA of 405 B has 126; a table of names has some for each
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_NUMBERS = ("rms_norm_eps", "initializer_range")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LLAMA: dict[str, Any] = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What transformers takes a key to be where config.json leaves it out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": {
+        **_LLAMA,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}
+
+
+def refuse(where: str, faults: list[str]) -> None:
+    """Raises one UserError, on one line, that names all faults; does nothing if there are none."""
+    if faults:
+        more = len(faults) - _SHOWN_FAULTS
+        shown = faults[:_SHOWN_FAULTS] + ([f"and {more} more"] if more > 0 else [])
+        text = "; ".join(one_line(fault, _SHOWN_CHARACTERS // len(shown)) for fault in shown)
+        raise UserError(f"{one_line(where, len(where))}: {text}")
+
+
+def load_config(folder: str) -> ModelConfig:
+    """Reads config.json of a LLaMA (or of a Mistral, whose layers are the same).
+
+    Keys that are left out get transformers' defaults. Of several eos ids the first is kept: it is
+    the one that ends a document. Raises UserError, naming every fault, for another architecture
+    or for an option that this model does not have.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} is not a folder: give a Hugging Face folder with a config.json")
+    path = os.path.join(folder, "config.json")
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
+        raise UserError(f"{path}: model_type is {_shown(kind)}, it must be llama or mistral")
+    raw = _DEFAULTS[kind] | raw
+    # A null means the same as a key that is left out.
+    width: Any = raw.get("hidden_size")
+    heads: Any = raw.get("num_attention_heads")
+    if raw.get("num_key_value_heads") is None:
+        raw["num_key_value_heads"] = heads
+    if raw.get("head_dim") is None and _is_size(width) and _is_size(heads) and not width % heads:
+        raw["head_dim"] = width // heads
+    refuse(path, config_faults(raw, kind))
+    refuse(path, _given_rope_faults(raw))
+    try:
+        theta, scaling = rope_from_hf(raw)
+        raw["max_position_embeddings"] = window_from_hf(raw)
+    except UserError as error:
+        refuse(path, [str(error).removeprefix("config.json: ")])
+        raise
+    fields: dict[str, Any] = {key: raw[key] for key in _SIZES + _SWITCHES}
+    fields |= {key: float(raw[key]) for key in _NUMBERS}
+    fields |= {key: _token_id(raw.get(key)) for key in TOKEN_IDS}
+    config = ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
+    refuse(path, rope_faults(config))
+    return config
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31  # token ids and positions are int32
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e30  # inf is none, neither is what float() cannot hold
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_positive, value))
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_id(value: Any) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return value is None or all(type(i) is int and i < 2**31 for i in ids)
+
+
+_WANTED: dict[Callable[[Any], bool], str] = {
+    _is_size: "a whole number above 0",
+    _is_number: "a number of 0 or more",
+    _is_positive: "a number above 0",
+    _is_list: "a list of numbers above 0",
+    _is_switch: "true or false",
+    _is_id: "the number of a token, a list of them or null",
+}
+_Fields = dict[str, Callable[[Any], bool]]
+_FIELDS: _Fields = {**dict.fromkeys(_SIZES, _is_size), **dict.fromkeys(_SWITCHES, _is_switch)}
+_FIELDS |= {**dict.fromkeys(_NUMBERS, _is_positive), **dict.fromkeys(TOKEN_IDS, _is_id)}
+_ROPE_NUMBERS = "attention_factor beta_fast beta_slow mscale mscale_all_dim low_freq_factor high_freq_factor".split()
+_ROPE_FIELDS: _Fields = {"original_max_position_embeddings": _is_size, "truncate": _is_switch}
+_ROPE_FIELDS |= {**dict.fromkeys(_ROPE_NUMBERS, _is_number), **dict.fromkeys(("factor", "rope_theta"), _is_positive)}
+_ROPE_FIELDS |= dict.fromkeys(("short_factor", "long_factor"), _is_list)
+
+
+def _field_faults(table: Mapping[str, Any], fields: _Fields) -> list[str]:
+    return [
+        f"{key} is {_shown(table.get(key))}, it must be {_WANTED[check]}"
+        for key, check in fields.items()
+        if not check(table.get(key))
+    ]
+
+
+def _shown(value: Any) -> str:
+    return one_line(reprlib.repr(value), 100)  # a few words of what may be megabytes
+
+
+def config_faults(raw: Mapping[str, Any], kind: str = "llama") -> list[str]:
+    """What is wrong with the fields of a config.json, or of a ModelConfig, its rope apart."""
+    faults = _field_faults(raw, _FIELDS)
+    if not faults and raw["num_attention_heads"] % raw["num_key_value_heads"]:
+        faults.append(
+            f"num_attention_heads={raw['num_attention_heads']} is not a multiple of "
+            f"num_key_value_heads={raw['num_key_value_heads']}"
+        )
+    if not faults and raw["num_hidden_layers"] > _MOST_LAYERS:
+        faults.append(f"num_hidden_layers={raw['num_hidden_layers']} is more than {_MOST_LAYERS}")
+    if not faults and (raw["head_dim"] % 2 or raw["head_dim"] < 4):
+        faults.append(f"head_dim={raw['head_dim']} must be an even number of 4 or more: rotary embeddings turn pairs")
+    if raw.get("hidden_act", "silu") != "silu":
+        faults.append(f"hidden_act is {_shown(raw['hidden_act'])}, only silu is supported")
+    if raw.get("quantization_config"):
+        faults.append("the weights are quantized, give a folder in float32, bfloat16 or float16")
+    window = raw.get("sliding_window") if kind == "mistral" else None
+    if window is not None and not _is_size(window):
+        faults.append(f"sliding_window is {_shown(window)}, it must be {_WANTED[_is_size]} or null")
+    # A window that never cuts anything off is no window.
+    elif not faults and window and window < raw["max_position_embeddings"]:
+        faults.append(
+            f"sliding_window={window} is shorter than max_position_embeddings="
+            f"{raw['max_position_embeddings']}: there is full attention only, so set one equal "
+            "to the other, or sliding_window to null"
+        )
+    return faults
+
+
+def rope_faults(config: ModelConfig) -> list[str]:
+    """What is wrong with the rope of a config whose other fields are right."""
+    faults, scaling, window = [], config.rope_scaling, config.max_position_embeddings
+    if not 1 < config.rope_theta < 1e30:
+        faults.append(f"rope_theta is {config.rope_theta}, it must be a number above 1")
+    if not _is_size(window):
+        faults.append(f"the window is {_shown(window)} tokens, it must be {_WANTED[_is_size]} and below 2**31")
+    if scaling is None:
+        return faults
+    try:
+        scaling.validate()
+    except UserError as error:
+        faults.append(str(error))
+    if not _is_size(scaling.original_max_position_embeddings):
+        faults.append(f"an original window of {_shown(scaling.original_max_position_embeddings)} tokens is none")
+    for name in ("short_factor", "long_factor"):
+        numbers = getattr(scaling, name)
+        if numbers is not None and len(numbers) != config.head_dim // 2:
+            faults.append(f"{name} has {len(numbers)} numbers, head_dim={config.head_dim} needs half")
+    return faults
+
+
+def _given_rope_faults(raw: Mapping[str, Any]) -> list[str]:
+    """What rope_from_hf trusts."""
+    faults, ntk = [], raw.get("longlora_ntk")
+    top = {key: raw.get(key) for key in ("rope_theta", "original_max_position_embeddings")}
+    for table in (top, raw.get("rope_scaling") or raw.get("rope_parameters") or {}, {} if ntk is None else ntk):
+        if not isinstance(table, dict):
+            faults.append(f"rope {_shown(table)} must be one flat object with a rope_type")
+            continue
+        kind = table.get("rope_type", table.get("type"))
+        if not isinstance(kind, str | None):
+            faults.append(f"rope_type is {_shown(kind)}, it must be a word")
+        given = {key: value for key, value in table.items() if value is not None}
+        faults += _field_faults(given, {key: _ROPE_FIELDS[key] for key in given if key in _ROPE_FIELDS})
+    needed = {"rope_type", "factor", "original_max_position_embeddings", "rope_theta"}
+    known = {*RopeScaling.__annotations__, "rope_theta"}
+    if not faults and ntk is not None and not needed <= {k for k in ntk if ntk[k] is not None} <= known:
+        faults.append(f"longlora_ntk is {_shown(ntk)}, it must have {', '.join(sorted(needed))}: delete it")
+    return faults
+
+
+def _token_id(value: Any) -> int | None:
+    if isinstance(value, list):
+        value = value[0] if value else None
+    # Old LLaMA files say -1 for "none".
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The content of a config.json that transformers 4 and 5 both read; dtype as "bfloat16"."""
+    same = _SIZES + _SWITCHES + _NUMBERS + TOKEN_IDS
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **{key: getattr(config, key) for key in same},
+        **rope_to_hf(config.rope_theta, config.rope_scaling, config.head_dim, config.max_position_embeddings),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }

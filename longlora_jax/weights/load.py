@@ -1,0 +1,264 @@
+"""Checkpoints by orbax: a training run's state, and converted models; and one way to load any of them.
+
+A run saves what it changed (trainables, optimizer, step, data position). Its frozen base is named, not copied:
+by path and by a fingerprint of the files there, which is checked when the run is resumed or exported.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.errors import JaxRuntimeError
+
+from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
+from longlora_jax.errors import UserError
+from longlora_jax.files import one_line, read_json, write_json
+from longlora_jax.model.lora import merge_lora
+from longlora_jax.model.trainable import combine
+from longlora_jax.weights import checksums, hf, hub
+from longlora_jax.weights.converted import DIGESTS, is_converted, open_converted
+from longlora_jax.weights.hf_config import refuse
+from longlora_jax.weights.rules import (
+    adapters_of,
+    build_params,
+    cast_table,
+    flatten,
+    get_leaf,
+    merge_table,
+    params_table,
+    set_leaf,
+    table_faults,
+)
+from longlora_jax.weights.tensors import DTYPES, Tensor
+
+_FOLDERS = "a Hugging Face folder, a converted checkpoint or a workdir"
+
+
+@dataclass
+class LoadedModel:
+    """A model from disk: its config, params (adapters still apart, if lora is given), its tokenizer's folder."""
+
+    config: ModelConfig
+    params: Any
+    lora: LoraConfig | None
+    tokenizer_dir: str
+
+    def merged(self):
+        """The params with every adapter folded into its kernel."""
+        return self.params if self.lora is None else merge_lora(self.params, self.lora)
+
+
+def fingerprint(path: str) -> str:
+    """A digest of a model folder's weights: of every file its size, and its digests if it has them, else 1 MiB of it at
+    head, middle and tail.
+    """
+    digest = hashlib.sha256()
+    digests = Path(path) / DIGESTS
+    if digests.is_file():
+        digest.update(digests.read_bytes())
+    for file in sorted(p for p in Path(path).rglob("*") if _is_weights(p, Path(path))):
+        size, window = file.stat().st_size, 1 << 20
+        digest.update(f"{file.relative_to(path)}:{size}".encode())
+        if digests.is_file():
+            continue
+        with open(file, "rb") as stream:
+            for start in sorted({0, max(size // 2 - window // 2, 0), max(size - window, 0)}):
+                stream.seek(start)
+                digest.update(stream.read(window))
+    return digest.hexdigest()
+
+
+def _is_weights(file: Path, folder: Path) -> bool:
+    return file.is_file() and (file.suffix in (".safetensors", ".bin") or "params" in file.relative_to(folder).parts)
+
+
+def read_run_config(workdir: str) -> Config:
+    """The resolved config of a workdir."""
+    values = read_json(os.path.join(workdir, "config.json"))
+    values.pop("base_fingerprint", None)
+    return from_dict(Config, values)
+
+
+def write_run_config(workdir: str, config: Config) -> None:
+    """Writes config.json: every field as the run uses it, and the fingerprint of the base weights."""
+    base = fingerprint(config.init_from) if config.init_from else ""
+    write_json(os.path.join(workdir, "config.json"), {**asdict(config), "base_fingerprint": base})
+
+
+def check_base(workdir: str, config: Config) -> None:
+    """Raises UserError if the base weights of a run are no longer those it was started from."""
+    saved = read_json(os.path.join(workdir, "config.json")).get("base_fingerprint", "")
+    if not config.init_from:
+        return
+    if not Path(config.init_from).is_dir():
+        raise UserError(f"{workdir} continues {config.init_from}, which is gone: put the base model back there")
+    if fingerprint(config.init_from) != saved:
+        raise UserError(
+            f"the weights in {config.init_from} changed since {workdir} was started from them: "
+            "restore them, or start again with a new workdir"
+        )
+
+
+def is_workdir(path: str) -> bool:
+    """Whether a folder is the workdir of a training run."""
+    return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").is_file()
+
+
+@contextlib.contextmanager
+def readable(refusal: Callable[[str], UserError]) -> Iterator[None]:
+    """Around a reader of orbax: what it says of a damaged folder has many types, and raises refusal(fault) here."""
+    try:
+        yield
+    except (UserError, JaxRuntimeError):  # a device without memory, a lost host
+        raise
+    except Exception as error:
+        raise refusal(f"{type(error).__name__}: {one_line(str(error), 150)}") from error
+
+
+def _damaged(folder: Path, fault: str) -> UserError:
+    return UserError(f"{folder} is damaged ({fault}): remove it, and an earlier checkpoint is taken if there is one")
+
+
+class OpenModel(NamedTuple):
+    """A model on disk, not read yet: its config, its tensors with adapters merged, its tokenizer's folder."""
+
+    config: ModelConfig
+    table: dict[str, Tensor]
+    tokenizer_dir: str
+
+
+def open_model(path: str, dtype: str | None = None, *, check: bool = False) -> OpenModel:
+    """Opens a Hugging Face folder (or a name of the hub), a converted checkpoint or a workdir's newest checkpoint.
+
+    Adapters are merged when a tensor is read: summed in float32 and rounded once, to dtype (a key of DTYPES).
+    None leaves every tensor in the dtype that it has on disk; what a run trained takes its base's.
+    check: compare the tensors of a converted checkpoint with their digests when they are read, and the files of a
+    run's checkpoint with theirs now.
+    """
+    path = hub.local_folder(path, what=_FOLDERS)
+    if is_workdir(path):
+        config, table, tokenizer_dir = _open_workdir(path, dtype, check)
+    elif (Path(path) / "params").is_dir():
+        (config, table), tokenizer_dir = _open_params(path, check), path
+    else:
+        (config, table), tokenizer_dir = hf.open_hf(path), path
+    if dtype:
+        table = cast_table(table, lambda _: DTYPES[dtype])
+    return OpenModel(config, table, tokenizer_dir)
+
+
+def load_model(path: str) -> LoadedModel:
+    """Loads whatever open_model opens into memory, the adapters of a workdir apart from their kernels."""
+    path = hub.local_folder(path, what=_FOLDERS)
+    if not is_workdir(path):
+        config, table, tokenizer_dir = open_model(path)
+        return LoadedModel(config, build_params(config, table), None, tokenizer_dir)
+    config, model, trained, base = _open_run(path)
+    trained = jax.tree.map(np.asarray, trained)
+    lora = config.lora if config.mode != "full" else None
+    frozen = {}
+    if lora:
+        missing = {n: t for n, t in base.items() if n not in params_table(model, trained)}
+        frozen = build_params(model, missing)
+    return LoadedModel(model, combine(trained, frozen), lora, _tokenizer_of(config))
+
+
+def open_adapters(workdir: str) -> tuple[Config, dict]:
+    """The config of a run and what its newest checkpoint trained: adapters, and with them embedding and norms."""
+    if not is_workdir(workdir):
+        raise UserError(f"{workdir} is not a workdir of train.py: only there are adapters apart from their model")
+    config, _, trained, _ = _open_run(workdir)
+    if config.mode == "full":
+        raise UserError(f"{workdir} trained every weight (mode=full), there is no adapter: use to-hf")
+    return config, trained
+
+
+def _open_params(path: str, check: bool) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A converted checkpoint, or a param tree that orbax saved in another form of its own beside a config.json."""
+    if is_converted(path):
+        return open_converted(path, check=check)
+    config = hf.load_config(path)
+    table = params_table(config, _saved_tree(Path(path) / "params"))
+    refuse(path, list(table_faults(config, table)))
+    return config, table
+
+
+def _open_workdir(path: str, dtype: str | None, check: bool) -> tuple[ModelConfig, dict[str, Tensor], str]:
+    config, model, trained, base = _open_run(path, check)
+    table = dict(base) | params_table(model, trained)
+    if config.mode != "full":
+        table = merge_table(table, adapters_of(model, trained, config.lora.scale))
+    kinds: dict[str, Any] = {n: DTYPES[dtype] if dtype else base.get(n, t).dtype for n, t in table.items()}
+    return model, cast_table(table, kinds.__getitem__), _tokenizer_of(config)
+
+
+def _open_run(path: str, check: bool = False) -> tuple[Config, ModelConfig, dict, dict[str, Tensor]]:
+    """(config, model, what was trained, tensors of the base) of a run's newest checkpoint, nothing read yet."""
+    config = read_run_config(path)
+    assert config.model is not None  # a run is saved resolved
+    checkpoints = Path(path).absolute() / "checkpoints"
+    with ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+    if step is None:
+        raise UserError(f"{path} has no complete checkpoint yet: train it further, or name another folder")
+    if check and (faults := checksums.faults(checkpoints / str(step))):
+        raise _damaged(checkpoints / str(step), faults[0])
+    base = {}
+    if config.mode != "full":
+        check_base(path, config)
+        base = open_model(config.init_from, check=check).table
+    return config, config.model, _saved_tree(checkpoints / str(step) / "state", "trainable"), base
+
+
+def _tokenizer_of(config: Config) -> str:
+    return config.data.tokenizer or config.init_from
+
+
+class _SavedLeaf:
+    """An array of an orbax folder, read when it is asked for; the last one read stays, its layers come in a row."""
+
+    _last: tuple[Any, Any] = (None, None)
+
+    def __init__(self, folder: Path, path: tuple[str, ...], metadata):
+        self._folder, self._path = folder, path
+        self.shape, self.dtype = metadata.shape, np.dtype(metadata.dtype)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        key, array = _SavedLeaf._last
+        if key != (self._folder, self._path):
+            array = self._read()
+            _SavedLeaf._last = ((self._folder, self._path), array)
+        return array if dtype is None else array.astype(dtype)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return np.asarray(self)[index]
+
+    def _read(self) -> np.ndarray:
+        item: dict[str, Any] = {}
+        restore: dict[str, Any] = {}
+        set_leaf(item, self._path, jax.ShapeDtypeStruct(self.shape, self.dtype))
+        set_leaf(restore, self._path, ocp.RestoreArgs(restore_type=np.ndarray))
+        refusal = functools.partial(_damaged, self._folder.parent)
+        with readable(refusal), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            args = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
+            return get_leaf(checkpointer.restore(self._folder, args=args), self._path)
+
+
+def _saved_tree(folder: Path, *prefix: str) -> dict:
+    """The tree that orbax saved in a folder, or the part of it under a prefix; leaves are read when asked for."""
+    folder = folder.absolute()
+    refusal = functools.partial(_damaged, folder.parent)
+    with readable(refusal), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        metadata = checkpointer.metadata(folder).item_metadata.tree
+    tree: dict[str, Any] = {}
+    for path, leaf in flatten(get_leaf(metadata, prefix)):
+        set_leaf(tree, path, _SavedLeaf(folder, (*prefix, *path), leaf))
+    return tree

@@ -1,0 +1,105 @@
+"""Attention over a mesh is attention on one device, forward and backward; and it exchanges what is promised."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_attention import F32, assert_close, random_qkv, random_segments, run
+
+from longlora_jax.attention.attend import attend
+from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, NOTHING, TURNS, attend_on_mesh, exchange
+from longlora_jax.attention.patterns import FULL, Pattern
+from longlora_jax.config import MeshConfig
+from longlora_jax.errors import UserError
+from longlora_jax.parallel.sharding import make_mesh
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
+
+
+def mesh_of(data=1, fsdp=1, context=1, tensor=1):
+    sizes = MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor)
+    return make_mesh(sizes, jax.devices()[: data * fsdp * context * tensor])
+
+
+def s2(g):
+    return Pattern("s2", g)
+
+
+CASES = {  # name: (pattern, mesh, (B, T, N, K), what is exchanged)
+    "whole groups": (s2(8), {"context": 4}, (1, 64, 4, 4), NEIGHBOUR),
+    "one group a shard": (s2(8), {"context": 8}, (1, 64, 4, 2), NEIGHBOUR),
+    "odd group": (s2(7), {"context": 4}, (1, 56, 4, 2), NEIGHBOUR),
+    "half a group": (s2(16), {"context": 8}, (2, 64, 4, 2), TURNS),
+    "half a group, two shards": (s2(32), {"context": 2}, (1, 32, 4, 4), TURNS),
+    "half a group, one kv head": (s2(16), {"context": 4}, (1, 32, 4, 1), HEADS),
+    "odd heads": (s2(8), {"context": 2}, (1, 32, 3, 3), NEIGHBOUR),
+    "a kv group in both halves": (s2(8), {"context": 2}, (2, 32, 6, 3), NEIGHBOUR),
+    "a quarter of a group": (s2(32), {"context": 8}, (1, 64, 4, 2), HEADS),
+    "cuts inside groups": (s2(24), {"context": 4}, (1, 64, 4, 4), HEADS),
+    "full": (FULL, {"context": 4}, (1, 32, 4, 4), HEADS),
+    "full, fewer heads than shards": (FULL, {"context": 8}, (1, 32, 4, 2), HEADS),
+    "full, odd heads": (FULL, {"context": 2}, (1, 32, 3, 1), HEADS),
+    "short": (Pattern("short", 8), {"context": 4}, (1, 32, 4, 2), NOTHING),
+    "swap": (Pattern("s2_swap", 8), {"context": 2}, (1, 32, 4, 2), HEADS),
+    "wrap": (Pattern("s2_wrap", 8), {"context": 2}, (1, 32, 4, 2), HEADS),
+    "heads over tensor": (s2(8), {"tensor": 2}, (1, 32, 8, 4), NOTHING),
+    "a kv head for two devices": (s2(8), {"tensor": 4}, (1, 32, 8, 2), NOTHING),
+    "everything": (s2(8), {"fsdp": 2, "context": 2, "tensor": 2}, (2, 32, 8, 4), NEIGHBOUR),
+    "everything by turns": (s2(16), {"data": 2, "context": 2, "tensor": 2}, (2, 16, 8, 4), TURNS),
+    "everything full": (FULL, {"fsdp": 2, "context": 2, "tensor": 2}, (2, 32, 8, 4), HEADS),
+    "rows that do not divide": (s2(8), {"fsdp": 2, "context": 4}, (3, 32, 4, 4), NEIGHBOUR),
+    "an ablation": (Pattern("dilated", 4), {"fsdp": 2, "tensor": 2}, (2, 16, 4, 2), NOTHING),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_mesh_attends_as_one_device(name, packed):
+    """Catches: a neighbour's half that is another's, a first shard that sees zeros, heads in disorder."""
+    pattern, axes, (b, t, n, k), how = CASES[name]
+    assert exchange(pattern, t, n, k, axes.get("context", 1)) == how
+    mesh = mesh_of(**axes)
+    arrays = random_qkv(0, b, t, n, k, 6)
+    segments = jnp.asarray(random_segments(1, b, t)) if packed else None
+    ours = run(lambda q, k, v: attend_on_mesh(q, k, v, pattern, mesh, segment_ids=segments), *arrays)
+    alone = run(lambda q, k, v: attend(q, k, v, pattern, segment_ids=segments), *arrays)
+    assert_close(ours, alone, **F32)
+
+
+def collectives(compiled):
+    """(operation, bytes of its result) of everything that is sent, from the text of a compiled program."""
+    sizes = {"f32": 4, "bf16": 2, "s32": 4, "pred": 1}
+    kinds = "collective-permute|all-gather|all-to-all|all-reduce|reduce-scatter"
+    found = []
+    for line in compiled.as_text().splitlines():
+        if match := re.search(rf"= (.*?) ({kinds})(-start)?\(", line):
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+            total = sum(sizes[d] * int(np.prod([int(x) for x in s.split(",") if x], dtype=int)) for d, s in shapes)
+            found.append((match[2], total))
+    return found
+
+
+@pytest.mark.parametrize("g, context", [(16, 4), (32, 4), (32, 8)], ids=["groups", "one group", "half a group"])
+def test_s2_sends_half_a_group_of_half_of_the_heads(g, context):
+    """Catches: an all-gather of keys, both halves sent where one is needed; the promise is bytes, not words."""
+    b, t, n, k, h = 1, 128, 8, 4, 16
+    mesh = mesh_of(context=context)
+    place = NamedSharding(mesh, P(None, "context"))
+    q, key, v, _ = (jax.device_put(x, place) for x in random_qkv(0, b, t, n, k, h))
+    forward = jax.jit(lambda q, k, v: attend_on_mesh(q, k, v, s2(g), mesh), out_shardings=place)
+    sent = collectives(forward.lower(q, key, v).compile())
+    half_a_group_of_keys = b * (g // 2) * (k // 2) * h * 4
+    assert sent == [("collective-permute", half_a_group_of_keys)] * 2, sent
+
+
+def test_what_cannot_be_cut_is_refused():
+    """Catches: an error of shard_map, which knows nothing of seq_len."""
+    q, k, v, _ = random_qkv(0, 1, 30, 4, 4, 6)
+    with pytest.raises(UserError, match="seq_len=30 is not a multiple of mesh.context=4"):
+        attend_on_mesh(q, k, v, FULL, mesh_of(context=4))
+    with pytest.raises(UserError, match="attention.pattern='dilated' runs on whole rows: set mesh.context=1"):
+        attend_on_mesh(q, k, v, Pattern("dilated", 4), mesh_of(context=2))

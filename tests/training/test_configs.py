@@ -1,0 +1,87 @@
+"""Every file in configs/ loads, is valid, and its very training step lowers from abstract shapes."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from longlora_jax.config import Config, from_dict, validate
+from longlora_jax.errors import UserError
+from longlora_jax.model.trainable import count
+from longlora_jax.training import run
+from longlora_jax.training.step import train_step
+from longlora_jax.weights import hf
+
+CONFIGS = sorted(p for p in Path("configs").glob("*.py"))
+# method.md's numbers and those of the models' own cards: a preset with one wrong size shows here.
+PARAMETERS = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192, "smollm2": 134_515_008}
+
+
+def load(path: Path) -> Config:
+    """The config of a file, loaded as train.py does it: from its path."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def resolved(config: Config) -> Config:
+    """The config as a run sees it, but without the base's folder: a newcomer has no LLaMA-2."""
+    if config.model is None:
+        config.model = hf.load_config(config.init_from)
+    config.model = run.extend_model(config.model, config)
+    return config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_loads_and_lowers(path):
+    """Catches a config that names a field or a shape that does not exist, before somebody pays for a pod."""
+    config = load(path)
+    validate(config)
+    config = resolved(config)
+    model = run.build_model(config)
+    state, frozen = run.abstract_state(config, model)
+    rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
+    batch = {"tokens": rows, "positions": rows, "loss_mask": rows}
+    lowered = jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch)
+    new_state, metrics = lowered.out_info
+    assert metrics["loss"].shape == ()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state.trainable) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state.trainable
+    )
+    for name, parameters in PARAMETERS.items():
+        if path.stem.startswith(name):
+            adapters = sum(
+                leaf.size
+                for keys, leaf in jax.tree_util.tree_leaves_with_path(state.trainable)
+                if keys[-1].key.startswith("lora_")
+            )
+            assert count(state.trainable) + count(frozen) - adapters == parameters
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_docstring_tells_how_to_run_it(path):
+    """A config file without its command, hardware or expected result is a riddle."""
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    for word in ("Command:", "Hardware:", "Expected:", path.name):
+        assert word in docstring, f"{path} does not say {word}"
+
+
+def test_paper_windows_and_factors():
+    """The window, the group and the interpolation of the paper's longest 7B, which is no power of two."""
+    config = resolved(load(Path("configs/7b_100k.py")))
+    assert config.seq_len == 100_000
+    assert config.attention.group_tokens(config.seq_len) == 25_000
+    assert config.model.rope_scaling.factor == 25
+    assert config.model.max_position_embeddings == 100_000
+
+
+def test_a_saved_config_of_another_form_is_refused():
+    """Catches: a traceback for a config.json that somebody edited."""
+    with pytest.raises(UserError, match="DataConfig is .* here: it is an object of fields"):
+        from_dict(Config, {"seq_len": 8, "steps": 1, "data": []})
+    with pytest.raises(UserError, match="Config has no field seqlen"):
+        from_dict(Config, {"seqlen": 8})
