@@ -3,37 +3,35 @@
 import importlib
 
 _HOME = {
-    "Llama": "model",
+    "Llama": "model.decoder",
     "LoraConfig": "config",
     "ModelConfig": "config",
-    "Pattern": "patterns",
-    "RopeScaling": "rope",
-    "TrainState": "trainer",
-    "allowed": "patterns",
-    "apply_rope": "rope",
-    "attend": "attention",
-    "combine": "trainable",
-    "cross_entropy": "losses",
-    "eval_step": "trainer",
-    "generate": "generate",
-    "load_hf": "hf",
-    "load_peft": "peft",
-    "make_mesh": "sharding",
-    "merge_lora": "lora",
+    "Pattern": "attention.patterns",
+    "RopeScaling": "attention.rope",
+    "TrainState": "training.step",
+    "allowed": "attention.patterns",
+    "apply_rope": "attention.rope",
+    "attend": "attention.attend",
+    "combine": "model.trainable",
+    "cross_entropy": "model.losses",
+    "eval_step": "training.step",
+    "load_hf": "weights.hf",
+    "load_peft": "weights.peft",
+    "make_mesh": "parallel.sharding",
+    "merge_lora": "model.lora",
     "pack_documents": "data",
-    "partition": "trainable",
-    "plan": "plan",
-    "save_hf": "hf",
-    "save_peft": "peft",
-    "train_step": "trainer",
-    "trainable_mask": "trainable",
+    "partition": "model.trainable",
+    "save_hf": "weights.hf",
+    "save_peft": "weights.peft",
+    "train_step": "training.step",
+    "trainable_mask": "model.trainable",
 }
 
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
-    # Not at the top: hf.py and data/ work in processes that must not load jax.
+    # Not at the top: weights/hf.py and data/ work in processes that must not load jax.
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,7 +1,11 @@
 """Settings of every test: 8 fake CPU devices, strict shapes, fixed seeds, our warnings are errors; and a browser."""
 
+import logging
 import os
+import random
 import shutil
+import sys
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -10,6 +14,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import jax
 import pytest
+import tokenizers
+from runs import FakeStep, shape, train_module, write_config
+from tiny import random_params
+from tokenizers import models, pre_tokenizers
+
+from longlora_jax.config import Config
+from longlora_jax.model.decoder import Llama
+from longlora_jax.weights.hf import save_hf
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, print_blob=False)
@@ -28,3 +40,68 @@ def browser():
             pytest.skip(f"no browser: {str(error).splitlines()[0]}")
         yield made
         made.close()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with what a run needs: base/ (a Hugging Face folder, a byte for a token) and text.txt."""
+    folder = tmp_path_factory.mktemp("home")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(["<eos>", *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    model = Llama(shape())
+    save_hf(str(folder / "base"), model.config, random_params(model), tokenizer_from=str(folder / "tokenizer"))
+    words = ["pear", "quince", "rowan", "sloe", "and", "or", "of", "\n"]
+    (folder / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=5000)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """One device, and a cache of compiled steps: each process would spend most of its time on the same ones."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | cache
+
+
+@pytest.fixture
+def script():
+    """train.py as a module."""
+    return train_module()
+
+
+@pytest.fixture
+def train(script, tmp_path, monkeypatch):
+    """Runs train.py's main on a config: train(config, workdir)."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def run(config: Config, workdir: Path) -> None:
+        argv = ["train.py", "--config", write_config(tmp_path, config), "--workdir", str(workdir)]
+        monkeypatch.setattr(sys, "argv", argv)
+        script.main(script.parse_flags(argv))
+
+    yield run
+    root.handlers[:], _ = handlers, root.setLevel(level)
+    logging.captureWarnings(False)
+
+
+@pytest.fixture
+def fake(script, monkeypatch):
+    """The loop of train.py around a step that costs nothing."""
+    step = FakeStep()
+    monkeypatch.setattr(script, "compile_train_step", step.compile)
+    monkeypatch.setattr(script, "Evaluation", lambda config, model: lambda state, frozen: {"eval/loss": 2.0})
+    return step
+
+
+@pytest.fixture(scope="session")
+def quick_environment(environment):
+    """For several processes at once: compiling is most of the work here, and how well it is done says nothing."""
+    return environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

@@ -1,4 +1,4 @@
-"""Attention and loss over a mesh: rows, heads and the sequence cut over devices, no device holding a whole row.
+"""Attention over a mesh: rows, heads and the sequence cut over devices, no device holding a whole row.
 
 LongLoRA's groups are local, so a sequence that is cut over the `context` axis needs little from elsewhere:
 
@@ -24,7 +24,6 @@ from longlora_jax.attention.attend import attend, attend_part, attend_short, par
 from longlora_jax.attention.kernels import causal_attention
 from longlora_jax.attention.patterns import ABLATIONS, Pattern
 from longlora_jax.errors import UserError
-from longlora_jax.model.losses import cross_entropy, token_nll
 
 NOBODY = -(2**31)  # the segment of tokens that are not there
 NOTHING, NEIGHBOUR, TURNS, HEADS = "nothing", "neighbour", "neighbour by turns", "all-to-all over heads"
@@ -115,68 +114,6 @@ def constrain(x, mesh: Mesh | None):
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(row_axes(x.shape[0], mesh), "context")))
-
-
-def embed_on_mesh(embedding, tokens, mesh: Mesh | None, dtype, *, chunks: int = 1):
-    """embedding[tokens] in dtype: [V, D] and [B, T] give [B, T, D], where activations live.
-
-    Every device looks up its columns for the tokens of all devices that share the embedding with it, and sends them
-    home: nobody holds the whole embedding, or a whole row of activations. chunks: so many shares of a device's tokens,
-    one after another.
-    """
-    if mesh is None or mesh.size == 1:
-        return embedding[tokens].astype(dtype)
-    shared = ("fsdp", "context")
-    rows = row_axes(tokens.shape[0], mesh)
-
-    def local(columns, tokens):
-        if chunks == 1 or tokens.shape[1] % chunks:
-            return share(columns, tokens)
-        pieces = tokens.reshape(tokens.shape[0], chunks, -1).swapaxes(0, 1)
-        found = jax.lax.map(lambda piece: share(columns, piece), pieces)
-        return found.swapaxes(0, 1).reshape(*tokens.shape, -1)
-
-    def share(columns, tokens):
-        everyone = jax.lax.all_gather(tokens, shared)  # [n, b, t]
-        first = jax.lax.axis_index("tensor") * columns.shape[0]
-        here = (everyone >= first) & (everyone < first + columns.shape[0])
-        found = columns[jnp.where(here, everyone - first, 0)].astype(dtype)
-        found = jax.lax.psum(jnp.where(here[..., None], found, 0), "tensor")  # one of them has the token
-        return jax.lax.all_to_all(found, shared, split_axis=0, concat_axis=3, tiled=True)[0]
-
-    specs = (P("tensor", shared), P(rows, "context"))
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P(rows, "context", None), check_vma=False)
-    return run(embedding, tokens)
-
-
-def cross_entropy_on_mesh(hidden, kernel, targets, weights, mesh: Mesh | None, *, chunk: int):
-    """losses.cross_entropy with every device scoring its own tokens, in chunks of its own.
-
-    hidden: [B, T, D]; kernel: [D, V], gathered on every device; targets, weights: [B, T]. The tokens of a tensor axis,
-    which all of its devices hold, are shared out among them where they divide.
-    """
-    if mesh is None or mesh.size == 1:
-        return cross_entropy(hidden, kernel, targets, weights, chunk=chunk)
-    rows = row_axes(hidden.shape[0], mesh)
-    sequence = ("context", "tensor")
-    if hidden.shape[1] % (mesh.shape["context"] * mesh.shape["tensor"]):
-        sequence = ("context",)
-
-    def local(hidden, kernel, targets, weights):
-        return jax.lax.psum(cross_entropy(hidden, kernel, targets, weights, chunk=chunk), (*rows, *sequence))
-
-    specs = (P(rows, sequence, None), P(), P(rows, sequence), P(rows, sequence))
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False)
-    return run(hidden, kernel, targets, weights)
-
-
-def token_nll_on_mesh(hidden, kernel, targets, mesh: Mesh | None):
-    """losses.token_nll with every device scoring its own tokens; hidden: [B, T, D], targets: [B, T]."""
-    if mesh is None or mesh.size == 1:
-        return token_nll(hidden, kernel, targets)
-    here = P(row_axes(hidden.shape[0], mesh), "context")
-    run = jax.shard_map(token_nll, mesh=mesh, in_specs=(here, P(), here), out_specs=here, check_vma=False)
-    return run(hidden, kernel, targets)
 
 
 def _head_axis(part, pattern: Pattern, mesh: Mesh) -> str | None:

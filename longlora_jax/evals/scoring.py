@@ -18,12 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlora_jax.attention.context_parallel import token_nll_on_mesh
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.attention.rope import extend_rope
 from longlora_jax.config import MeshConfig, ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes, output_kernel
+from longlora_jax.model.on_mesh import token_nll_on_mesh
 from longlora_jax.parallel.sharding import make_mesh, weight_shardings
 from longlora_jax.progress import progress_bar
 from longlora_jax.weights.load import LoadedModel

@@ -1,40 +1,23 @@
-"""Text from a model: full attention over all it has read, or endless over a few first and last tokens.
+"""Continuing prompts: full attention over all that was read, or endless over a few first and last tokens."""
 
-`python -m longlora_jax.generate --model DIR --prompt_file book.txt --question "Who?"` (see --help).
-"""
-
-import argparse
-import logging
 import os
-import re
-import sys
-import time
-import types
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlora_jax import errors
 from longlora_jax.config import MeshConfig, ModelConfig
-from longlora_jax.data import Tokenizer, load_tokenizer, read_text
+from longlora_jax.data import Tokenizer
 from longlora_jax.data.chat import has_chat_template, render_chat
-from longlora_jax.data.stream import TextStream
 from longlora_jax.errors import UserError
-from longlora_jax.files import read_json, write_json
-from longlora_jax.generate.session import SEEDS, Sampling, Session, complete
+from longlora_jax.files import read_json
+from longlora_jax.generate.session import Sampling, Session, complete
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.parallel.sharding import make_mesh, place_weights, weight_shardings
-from longlora_jax.progress import progress_bar
 from longlora_jax.weights.hf import GENERATION
-from longlora_jax.weights.load import OpenModel, open_model
-
-log = logging.getLogger(__name__)
-
-MOST = 10**9  # of what can be counted on the command line: two of them are an int32
+from longlora_jax.weights.load import OpenModel
 
 
 def generate(
@@ -70,16 +53,6 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     how = {"sampling": sampling, "seed": seed, "eos_ids": eos_ids, "stop": stop, "on_token": on_token}
     return complete(session, max_new_tokens, **how)
-
-
-class _Callable(types.ModuleType):
-    """The library's name `longlora_jax.generate.generation` is this module as well as its function: it can be called."""
-
-    def __call__(self, *args, **kwargs) -> list[list[int]]:
-        return generate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
 
 
 def eos_ids(model: OpenModel) -> tuple[int, ...]:
@@ -139,175 +112,3 @@ def common_prefix(prompts: Sequence[np.ndarray]) -> int:
     most = min(map(len, prompts)) - 1
     differs = np.any([p[:most] != prompts[0][:most] for p in prompts], axis=0)
     return int(differs.argmax()) if differs.any() else most
-
-
-# The command
-
-
-def _number(kind: type, least: float, most: float = MOST):
-    def read(text: str):
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and at most {most}")
-        return value
-
-    read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse names it: invalid whole number value
-    return read
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = errors.ArgumentParser(
-        prog="python -m longlora_jax.generate",
-        description="Continues a text, or answers questions about one, and prints tokens as they come. Several "
-        "questions share the text: it is read once.",
-        epilog="Example: python -m longlora_jax.generate --model runs/my_run --prompt_file book.txt "
-        '--question "Who is the narrator?" --question "Where does it end?" --json answers.json',
-    )
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text")
-    prompt.add_argument("--prompt_file", metavar="FILE", help="a UTF-8 file with the text")
-    add(
-        "--question",
-        action="append",
-        metavar="TEXT",
-        help="asked after the text, by the tokenizer's chat template if it has one; may be given several times",
-    )
-    new_help = "tokens to write at most (default: %(default)s)"
-    add("--max_new_tokens", type=_number(int, 1), default=256, metavar="N", help=new_help)
-    add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end before any of these texts")
-    add("--json", metavar="FILE", help="where to write what was generated, and how fast")
-    add = parser.add_argument_group("how tokens are drawn").add_argument
-    temperature_help = "0 (default) takes the likeliest token, 1 draws as the model says, more is wilder"
-    add("--temperature", type=_number(float, 0), default=0.0, metavar="T", help=temperature_help)
-    add("--top_k", type=_number(int, 0), default=0, metavar="K", help="draw from the K likeliest (default: 0, all)")
-    top_p_help = "draw from the likeliest that sum up to P (default: 1, all)"
-    add("--top_p", type=_number(float, 0), default=1.0, metavar="P", help=top_p_help)
-    add("--seed", type=_number(int, 0, SEEDS - 1), default=0, metavar="N", help="of the random numbers (default: 0)")
-    add = parser.add_argument_group("how the model runs").add_argument
-    chunk_help = "tokens of the prompt computed at once: speed and memory only (default: %(default)s)"
-    add("--chunk", type=_number(int, 1), default=512, metavar="N", help=chunk_help)
-    window_help = "remember only the last M tokens, and take a text of any length (default: remember all)"
-    add("--window", type=_number(int, 1), default=0, metavar="M", help=window_help)
-    sinks_help = "with --window: and the first N tokens (default: 4)"
-    add("--sinks", type=_number(int, 0), metavar="N", help=sinks_help)
-    dtype_help = "of weights, activations and cache (default: float32)"
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
-    return parser
-
-
-def _check(args: argparse.Namespace) -> str:
-    """What can be known before a model is opened; returns the text."""
-    Sampling(args.temperature, args.top_k, args.top_p).validate()
-    if args.sinks is not None and not args.window:
-        raise UserError("--sinks needs --window: say how many last tokens to remember beside the first")
-    texts = {"--prompt": [args.prompt or ""], "--question": args.question or [], "--stop": args.stop}
-    for name, given in texts.items():
-        if re.search("[\ud800-\udfff]", "".join(given)):  # what Python makes of bytes that are none
-            raise UserError(f"{name} is not UTF-8: write it again, or save a text as UTF-8 and give --prompt_file")
-    if args.json:
-        folder = Path(args.json).absolute().parent
-        if Path(args.json).is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"{args.json} cannot be written: give a file in a folder that you may write to")
-    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
-    if not text.strip():
-        raise UserError(f"{args.prompt_file or '--prompt'} is empty: give a text")
-    return text
-
-
-def _check_window(config: ModelConfig, tokens: int, args: argparse.Namespace) -> None:
-    own = config.max_position_embeddings
-    if args.window and args.sinks + args.window > own:
-        raise UserError(
-            f"--sinks {args.sinks} + --window {args.window} are more than the model's window of {own} tokens: "
-            "choose fewer"
-        )
-    if not args.window and (needed := tokens + args.max_new_tokens) > own:
-        raise UserError(
-            f"{tokens} prompt tokens + --max_new_tokens {args.max_new_tokens} = {needed} are more than the model's "
-            f"window of {own}: shorten one of them, or remember the last tokens alone (--window)"
-        )
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; argv without the program's name, None for the process's own."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("longlora_jax").setLevel(logging.INFO)
-    args = _parser().parse_args(argv)
-    text = _check(args)
-    args.sinks = (4 if args.sinks is None else args.sinks) if args.window else 0
-    opened = open_model(args.model)
-    tokenizer = load_tokenizer(opened.tokenizer_dir)
-    prompts = [prompt_ids(text, q, tokenizer, opened.tokenizer_dir) for q in args.question or [None]]
-    longest = max(map(len, prompts))
-    _check_window(opened.config, longest, args)
-    if (largest := max(int(p.max()) for p in prompts)) >= opened.config.vocab_size:
-        raise UserError(f"token {largest} is outside the model's vocabulary of {opened.config.vocab_size}")
-    llama, params = load_for_generation(opened, args.dtype)
-    memory = {"chunk": min(args.chunk, longest), "sinks": args.sinks, "window": args.window}
-    session = Session(llama, params, 1, longest + args.max_new_tokens, **memory)
-    shared = common_prefix(prompts)
-    session.compile([shared, *(len(ids) - shared for ids in prompts)])
-    seconds = _read(session, prompts[0][:shared]) if shared else 0.0
-    session.mark()
-    answers = []
-    for number, ids in enumerate(prompts):
-        session.rewind()
-        asked = {"question": args.question[number]} if args.question else {}
-        if len(prompts) > 1:
-            print(f"> {args.question[number]}")
-        answer = _answer(session, ids[shared:], tokenizer, eos_ids(opened), args)
-        answers.append(asked | {"prompt_tokens": len(ids)} | answer)
-    if args.json:
-        head = {"model": args.model, "dtype": args.dtype, **memory, "shared_tokens": shared, "shared_seconds": seconds}
-        first = answers[0] | {"prefill_seconds": seconds + answers[0]["prefill_seconds"]}
-        write_json(args.json, first | head | {"answers": answers})
-
-
-def _read(session: Session, ids: np.ndarray) -> float:
-    """Reads ids; returns the seconds."""
-    started = time.perf_counter()
-    with progress_bar(len(ids), label="reading the prompt", unit="token") as bar:
-
-        def told(tokens: int):
-            session.wait()
-            bar.update(tokens)
-
-        session.read([ids], told)
-    return time.perf_counter() - started
-
-
-def _answer(
-    session: Session, ids: np.ndarray, tokenizer: Tokenizer, ends: tuple[int, ...], args: argparse.Namespace
-) -> dict[str, Any]:
-    """Reads what is left of a prompt, prints the answer as it comes, and returns its part of the JSON."""
-    seconds = _read(session, ids)
-    text, times = TextStream(tokenizer, args.stop), []
-
-    def on_token(_, token: int):
-        times.append(time.perf_counter())
-        if token not in ends:
-            print(text.push(token), end="", flush=True)
-
-    (tokens,) = complete(
-        session,
-        args.max_new_tokens,
-        sampling=Sampling(args.temperature, args.top_k, args.top_p),
-        seed=args.seed,
-        eos_ids=ends,
-        stop=lambda row, tokens: text.stopped,
-        on_token=on_token,
-    )
-    print(text.finish())
-    return {
-        "tokens": tokens,
-        "text": text.text,
-        "finished_by": "stop" if text.stopped else "eos" if tokens[-1] in ends else "length",
-        "prefill_seconds": seconds,
-        "decode_tokens_per_second": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
-    }
-
-
-if __name__ == "__main__":
-    errors.run(main)

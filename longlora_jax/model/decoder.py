@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from longlora_jax.attention.context_parallel import HEADS, attend_on_mesh, constrain, embed_on_mesh, exchange
+from longlora_jax.attention.context_parallel import HEADS, attend_on_mesh, constrain, exchange
 from longlora_jax.attention.kernels import keeps_cudnn
 from longlora_jax.attention.patterns import ABLATIONS, FULL, Pattern
 from longlora_jax.attention.rope import apply_rope, rope_frequencies, rope_tables
@@ -21,6 +21,7 @@ from longlora_jax.config import ModelConfig
 from longlora_jax.model.cache import Cache, attend_to_cache, cache_tables
 from longlora_jax.model.linear import Linear, Norm, SwiGLU, head_chunks, over_heads, over_sequence
 from longlora_jax.model.lora import LoraConfig
+from longlora_jax.model.on_mesh import embed_on_mesh
 
 # What is kept of a block for its backward pass; everything else is computed again.
 _policies = jax.checkpoint_policies

@@ -2,32 +2,25 @@
 
 The numbers of a TPU come from compiling the very train step for it, which needs no TPU but the package `libtpu`; those
 of GPUs from formulas (costs.py), which were fitted to TPUs.
-`python -m longlora_jax.plan --config configs/7b_32k.py --topology v5e:2x4` (see --help).
 """
 
 import dataclasses
 import itertools
 import math
-import operator
 import re
-import sys
 import time
-import types
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from longlora_jax import errors
 from longlora_jax.attention.context_parallel import exchange
 from longlora_jax.attention.kernels import compiled_for
 from longlora_jax.config import Config, MeshConfig, ModelConfig, validate
 from longlora_jax.errors import UserError
-from longlora_jax.files import write_json
 from longlora_jax.model import trainable
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.parallel import sharding
-from longlora_jax.plan.chips import GIB, GPUS, Topology, find_topology
+from longlora_jax.plan.chips import GIB, Topology, find_topology
 from longlora_jax.plan.collectives import collectives, totals
 from longlora_jax.plan.costs import choose_remat, estimate, forward_flops, host_bytes, sent, step_flops
 from longlora_jax.training import run
@@ -102,16 +95,6 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
         "chip_hours": seconds * config.steps / 3600 * mesh.size,
         "compile_seconds": time.perf_counter() - started if by_compiler else 0.0,
     }
-
-
-class _Callable(types.ModuleType):
-    """The library's name `longlora_jax.plan.planner` is this module as well as its function: it can be called."""
-
-    def __call__(self, *args, **kwargs) -> dict[str, Any]:
-        return plan(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
 
 
 def _extended(config: Config) -> ModelConfig:
@@ -213,95 +196,3 @@ def _text(compiled) -> str:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:  # libtpu cannot read back some of what it made for a v5p
         return ""
-
-
-def table(found: dict[str, Any]) -> str:
-    """The plan as lines to read."""
-    fits = "fits" if found["fits"] else "DOES NOT FIT"
-    total, limit = found["hbm_bytes_per_device"] / GIB, found["hbm_limit_bytes"] / GIB
-    flops, how = found["forward_flops"], f"remat {found['remat']}, chunks {found['chunks']}"
-    lines = [
-        f"run         {found['seq_len']:,} tokens, {found['attention']}, {how}",
-        f"devices     {found['devices']} of {found['topology']}, mesh {found['mesh']}",
-        f"attention   over context: {found['exchange']}",
-        f"parameters  {found['parameters']:,}, of which {found['trainable_parameters']:,} train",
-        f"memory      {total:.2f} of {limit:.2f} GiB a device by {found['memory_by']}: {fits}",
-    ]
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in found["estimate"].items())
-    lines.append(f"by hand     {parts} GiB")
-    if memory := found["memory"]:
-        lines.append(
-            f"            {memory['arguments'] / GIB:.2f} weights, optimizer and batch, "
-            f"{memory['temporaries'] / GIB:.2f} activations and gradients"
-        )
-    if host := found["host_bytes_per_device"]:
-        lines.append(f"            and {host / GIB:.2f} GiB a device of the host's memory")
-    parts = ", ".join(f"{name} {flops[name] / 1e12:.1f}" for name in ("ffn", "proj", "attention", "others"))
-    lines.append(f"forward     {flops['total'] / 1e12:.1f} TFLOPs a row: {parts}")
-    for row in found["collectives"]:
-        lines.append(f"sent        {row['bytes'] / 1e9:10.2f} GB a step and device: {row['op']} over {row['axis']}")
-    if found["collectives"]:
-        lines[-len(found["collectives"])] += f" (by {found['collectives_by']})"
-    lines.append(
-        f"time        {found['tokens_per_second']:,.0f} tokens a second and {found['hours']:,.1f} hours "
-        f"({found['chip_hours']:,.0f} chip hours), if the step reaches {found['assumed_mfu']:.0%} of the chips' peak"
-    )
-    if not found["fits"]:
-        lines.append(f"            {_advice(found)}")
-    return "\n".join(lines)
-
-
-def _advice(found: dict[str, Any]) -> str:
-    """The nearest change that needs less memory."""
-    if found["mesh"]["context"] < found["devices"]:
-        return (
-            f"try --config.mesh.context={found['devices']} --config.mesh.fsdp=1 with one row at a time "
-            "(--config.accumulation = batch_size): the sequence is cut instead of the batch"
-        )
-    if found["remat"] != "offload":
-        return "try --config.remat=offload: the blocks' inputs wait in the host's memory"
-    if found["chunks"] == 1:
-        return "try --config.chunks=16: heads and tokens of a block come in chunks"
-    return "try more devices, or a shorter --config.seq_len"
-
-
-def _flags(config: Config) -> str:
-    """The flags that make a searched config out of its file."""
-    fields = ("seq_len", "batch_size", "accumulation", "remat", "chunks", "mesh.fsdp", "mesh.context")
-    return " ".join(f"--config.{name}={operator.attrgetter(name)(config)}" for name in fields)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; argv without the program's name, None for the process's own."""
-    parser = errors.ArgumentParser(
-        prog="python -m longlora_jax.plan",
-        description="What a run will need and cost: on TPUs by compiling its train step for them, on GPUs by formula. "
-        "Fields of the config can be changed as in train.py: --config.mesh.context=8",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run: a Python file with get_config()")
-    parser.add_argument(
-        "--topology",
-        required=True,
-        help="TPUs by shape: v5e:2x4, v5p:2x2x1, v6e:4x4, v4:2x2x2, tpu7x:2x2x1; GPUs by number: h100:8, of "
-        + ", ".join(GPUS),
-    )
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak to assume (default: %(default)s)")
-    parser.add_argument(
-        "--search", action="store_true", help="find the longest window that fits, with its mesh, rows and remat"
-    )
-    parser.add_argument("--json", metavar="FILE", help="where to write the plan")
-    args, overrides = parser.parse_known_args(argv)
-    if not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu {args.mfu} must be above 0 and at most 1")
-    config = run.read_config(args.config, overrides)
-    if args.search:
-        config = search(config, args.topology)
-        print(f"{_flags(config)}\n")
-    found = plan(config, args.topology, mfu=args.mfu)
-    print(table(found))
-    if args.json:
-        write_json(args.json, found)
-
-
-if __name__ == "__main__":
-    errors.run(main)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from longlora_jax.attention.context_parallel import cross_entropy_on_mesh
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes, output_kernel
+from longlora_jax.model.on_mesh import cross_entropy_on_mesh
 from longlora_jax.model.trainable import combine
 from longlora_jax.parallel.sharding import weight_shardings
 from longlora_jax.weights.rules import get_leaf

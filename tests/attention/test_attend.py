@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jaxpr_arrays
 import numpy as np
 import pytest
+from arrays import F32, QUICK, assert_close, random_qkv, random_segments, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -19,50 +20,9 @@ from longlora_jax.attention.attend import attend
 from longlora_jax.attention.kernels import blockwise_attention, compiled_for, kernel_name, splash_attention
 from longlora_jax.attention.patterns import FULL, GROUPED, PATTERNS, Pattern
 
-# Entries are sums of up to some 200 products of normal variables, each rounded to 6e-8 of its value: the largest
-# difference of this file is 2e-6, at values of 5.
-F32 = {"rtol": 1e-6, "atol": 5e-6}
-# The plain and quick compiler: the same program, without the optimizations that take four fifths of the time.
-QUICK = {
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-
 
 def pattern_of(name, g):
     return FULL if name == "full" else Pattern(name, g)
-
-
-def random_qkv(seed, b, t, n, k, h):
-    """q, k, v and the gradient of the output, standard normal float32."""
-    rng = np.random.default_rng(seed)
-    shapes = (b, t, n, h), (b, t, k, h), (b, t, k, h), (b, t, n, h)
-    return [rng.standard_normal(shape, np.float32) for shape in shapes]
-
-
-def random_segments(seed, b, t):
-    """Packed rows [b, t]: runs of random lengths, ids in no order, some used twice, and padding (0) at the end."""
-    rng = np.random.default_rng(seed)
-    rows = [np.repeat(rng.integers(1, 5, t), rng.integers(1, 9, t))[:t] for _ in range(b)]
-    for row in rows:
-        row[t - rng.integers(0, t + 1) :] = 0
-    return np.stack(rows).astype(np.int32)
-
-
-def run(function, q, k, v, d_out, options=QUICK):
-    """function(q, k, v) and its gradients, compiled as one: out, d_q, d_k, d_v."""
-
-    def both(q, k, v, d_out):
-        out, pullback = jax.vjp(function, q, k, v)
-        return out, *pullback(d_out)
-
-    return jax.jit(both, compiler_options=options)(q, k, v, d_out)
-
-
-def assert_close(ours, oracle, **tolerance):
-    for name, x, y in zip(("out", "d_q", "d_k", "d_v"), ours, oracle, strict=True):
-        np.testing.assert_allclose(np.asarray(x, np.float64), y, err_msg=name, **(tolerance or F32))
 
 
 def same_segment(segments):

@@ -6,23 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import F32, assert_close, mesh_of, random_qkv, random_segments, run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_attention import F32, assert_close, random_qkv, random_segments, run
 
 from longlora_jax.attention.attend import attend
 from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, NOTHING, TURNS, attend_on_mesh, exchange
 from longlora_jax.attention.patterns import FULL, Pattern
-from longlora_jax.config import MeshConfig
 from longlora_jax.errors import UserError
-from longlora_jax.parallel.sharding import make_mesh
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
-
-
-def mesh_of(data=1, fsdp=1, context=1, tensor=1):
-    sizes = MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor)
-    return make_mesh(sizes, jax.devices()[: data * fsdp * context * tensor])
 
 
 def s2(g):

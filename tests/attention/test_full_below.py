@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_attention import F32, assert_close, random_qkv, run
-from test_context_parallel import mesh_of
+from arrays import F32, assert_close, mesh_of, random_qkv, run
 
 from longlora_jax.attention.attend import attend
 from longlora_jax.attention.context_parallel import attend_on_mesh

@@ -14,7 +14,6 @@ import pytest
 from chats import SPECIAL, TEMPLATES, build
 from tiny import random_params, tiny_config
 
-import longlora_jax
 from longlora_jax.chat import __main__ as command
 from longlora_jax.chat import conversation as module
 from longlora_jax.chat.conversation import Conversation, Reader
@@ -22,6 +21,7 @@ from longlora_jax.chat.document import Document, read_document
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat import render_chat
 from longlora_jax.errors import UserError
+from longlora_jax.generate import generate
 from longlora_jax.generate.generation import prompt_ids
 from longlora_jax.generate.session import Sampling
 from longlora_jax.model.decoder import Llama
@@ -63,7 +63,7 @@ def asked(talk: Conversation, question: str, new: int = NEW, **options):
 
 def alone(reader: Reader, ids, new: int = NEW) -> str:
     """The answer of the model to a whole prompt, with nothing before it."""
-    (tokens,) = longlora_jax.generate.generate(reader._model, reader._params, [ids], max_new_tokens=new, chunk=32)
+    (tokens,) = generate(reader._model, reader._params, [ids], max_new_tokens=new, chunk=32)
     return reader.tokenizer.decode(tokens, skip_special_tokens=True)
 
 

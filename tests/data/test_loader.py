@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from readers import children, packed
 
 from longlora_jax import data
 from longlora_jax.errors import UserError
@@ -26,30 +27,12 @@ def numbered(num: int, seq_len: int = 4, *, first: int = 0) -> np.ndarray:
     return np.arange(first, first + num * seq_len, dtype=np.int32).reshape(num, seq_len)
 
 
-def packed(num: int = 30, seed: int = 0) -> data.Windows:
-    rng = np.random.default_rng(seed)
-    return data.pack(data.InMemory([rng.integers(1, 99, n) for n in rng.integers(1, 20, num)], 0), 16, "best_fit")
-
-
 def split(batch_size: int, hosts: int) -> list[np.ndarray]:
     return np.split(np.arange(batch_size), hosts)
 
 
 def ids_of(batch) -> list[tuple]:
     return [tuple(row) for row in batch["tokens"].tolist()]
-
-
-def children() -> set[int]:
-    """Worker processes of this one: whatever was started by spawn."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"spawn_main" in (folder / "cmdline").read_bytes():
-                found.add(int(folder.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_batch_holds_what_a_training_step_reads():
@@ -265,9 +248,9 @@ def test_workers_end_with_the_main_process(end):
     one that ended well, or that nobody closed."""
     code = f"""
 import os, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/helpers")
 from longlora_jax import data
-from test_loader import children, packed
+from readers import children, packed
 it = data.batches(packed(), batch_size=2, seed=0, workers=2)
 batch = next(it)
 print(*children(), flush=True)

@@ -15,13 +15,13 @@ import pytest
 from jaxpr_arrays import shapes
 from tiny import random_params, tiny_config
 
-import longlora_jax
 from longlora_jax import errors
 from longlora_jax.attention.rope import RopeScaling
 from longlora_jax.config import LoraConfig, MeshConfig
 from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
-from longlora_jax.generate import generation as command
+from longlora_jax.generate import __main__ as command
+from longlora_jax.generate import generate, load_for_generation
 from longlora_jax.generate.session import Sampling, Session, complete, draw, warp
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.model.lora import merge_lora
@@ -73,7 +73,7 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     expected = transformers_tokens(str(tmp_path / "model"), PROMPTS)
     assert len({tuple(tokens) for tokens in expected}) == 3
     for chunk in (7, 512):
-        assert longlora_jax.generate.generate(model, params, PROMPTS, max_new_tokens=NEW, chunk=chunk) == expected
+        assert generate(model, params, PROMPTS, max_new_tokens=NEW, chunk=chunk) == expected
 
 
 def test_adapters_apart_merged_and_exported_say_the_same(tmp_path):
@@ -81,13 +81,13 @@ def test_adapters_apart_merged_and_exported_say_the_same(tmp_path):
     lora = LoraConfig(rank=2)
     model = Llama(tiny_config(), lora=lora)
     params = random_params(model, seed=5)
-    apart = longlora_jax.generate.generate(model, params, PROMPTS, max_new_tokens=NEW)
+    apart = generate(model, params, PROMPTS, max_new_tokens=NEW)
     merged, base = merge_lora(params, lora), Llama(model.config)
-    assert longlora_jax.generate.generate(base, merged, PROMPTS, max_new_tokens=NEW) == apart
+    assert generate(base, merged, PROMPTS, max_new_tokens=NEW) == apart
     save_hf(str(tmp_path / "model"), model.config, merged)
     assert transformers_tokens(str(tmp_path / "model"), PROMPTS) == apart
-    loaded = command.load_for_generation(open_model(str(tmp_path / "model")))
-    assert longlora_jax.generate.generate(*loaded, PROMPTS, max_new_tokens=NEW) == apart
+    loaded = load_for_generation(open_model(str(tmp_path / "model")))
+    assert generate(*loaded, PROMPTS, max_new_tokens=NEW) == apart
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
@@ -102,7 +102,7 @@ def test_a_mesh_says_what_one_device_says(axes, rows, cut):
     model = Llama(config)
     params = random_params(model)
     prompts = (PROMPTS * 2)[:rows]
-    alone = longlora_jax.generate.generate(model, params, prompts, max_new_tokens=8, chunk=16)
+    alone = generate(model, params, prompts, max_new_tokens=8, chunk=16)
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
     placed = jax.device_put(params, weight_shardings(mesh, logical_axes(model), abstract_params(model)))
     session = Session(model.clone(mesh=mesh), placed, rows, 48, chunk=16)
@@ -126,9 +126,7 @@ def test_a_prefix_is_read_once():
             session.read([question])
             found = complete(session, NEW)
             whole = np.concatenate([prefix, question])
-            assert found == longlora_jax.generate.generate(
-                model, params, [whole], max_new_tokens=NEW, chunk=16, **memory
-            )
+            assert found == generate(model, params, [whole], max_new_tokens=NEW, chunk=16, **memory)
 
 
 def test_a_session_goes_on_after_an_answer():
@@ -141,7 +139,7 @@ def test_a_session_goes_on_after_an_answer():
     assert session.lengths.tolist() == [5 + 6]
     session.read([PROMPTS[2]])
     whole = np.concatenate([PROMPTS[0], stopped[0], PROMPTS[2]]).astype(np.int32)
-    assert complete(session, 8) == longlora_jax.generate.generate(model, params, [whole], max_new_tokens=8)
+    assert complete(session, 8) == generate(model, params, [whole], max_new_tokens=8)
     with pytest.raises(UserError, match="101 tokens do not fit a session of 100"):
         session.read([np.zeros(101 - session.lengths[0], np.int32)])
 
@@ -150,10 +148,10 @@ def test_rows_end_on_their_own():
     """Catches: a row that writes on after its end, an end that stops all rows, tokens told out of order."""
     model = Llama(tiny_config())
     params = random_params(model)
-    free = longlora_jax.generate.generate(model, params, PROMPTS, max_new_tokens=NEW)
+    free = generate(model, params, PROMPTS, max_new_tokens=NEW)
     ends = (free[0][3], free[1][5])
     told = [[], [], []]
-    found = longlora_jax.generate.generate(
+    found = generate(
         model, params, PROMPTS, max_new_tokens=NEW, eos_ids=ends, on_token=lambda row, token: told[row].append(token)
     )
     assert found == told
@@ -230,12 +228,10 @@ def test_all_seeds_of_32_bits(seed):
     model = Llama(tiny_config())
     ask = {"max_new_tokens": 8, "temperature": 5.0}
     params = random_params(model)
-    drawn = [
-        longlora_jax.generate.generate(model, params, PROMPTS[:1], seed=s, **ask) for s in (seed, seed, seed - 2**31)
-    ]
+    drawn = [generate(model, params, PROMPTS[:1], seed=s, **ask) for s in (seed, seed, seed - 2**31)]
     assert drawn[0] == drawn[1] != drawn[2]
     with pytest.raises(UserError, match=f"seed={2**32}"):
-        longlora_jax.generate.generate(model, params, PROMPTS[:1], seed=2**32, **ask)
+        generate(model, params, PROMPTS[:1], seed=2**32, **ask)
 
 
 def test_a_chunk_is_no_longer_than_the_prompt():
@@ -243,8 +239,8 @@ def test_a_chunk_is_no_longer_than_the_prompt():
     model = Llama(tiny_config())
     ask = {"max_new_tokens": 2, "sinks": 2, "window": 8}
     params = random_params(model)
-    found = longlora_jax.generate.generate(model, params, PROMPTS[:1], chunk=10**9, **ask)
-    assert found == longlora_jax.generate.generate(model, params, PROMPTS[:1], chunk=16, **ask)
+    found = generate(model, params, PROMPTS[:1], chunk=10**9, **ask)
+    assert found == generate(model, params, PROMPTS[:1], chunk=16, **ask)
 
 
 # The command

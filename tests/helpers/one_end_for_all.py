@@ -1,6 +1,6 @@
 """One of several processes that add numbers together until one of them ends.
 
-python tests/one_end_for_all.py PORT COUNT PROCESS HEARTBEAT_SECONDS HOW
+python tests/helpers/one_end_for_all.py PORT COUNT PROCESS HEARTBEAT_SECONDS HOW
 HOW the last one ends: "bug", by an error, or "wait", for whoever ends it from outside.
 PORT 0: a launcher says who is who.
 """

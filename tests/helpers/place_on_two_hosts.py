@@ -1,6 +1,6 @@
 """One of two hosts that read a model onto a mesh over both; prints what it read and a digest of what it holds.
 
-python tests/place_on_two_hosts.py PORT PROCESS FOLDER
+python tests/helpers/place_on_two_hosts.py PORT PROCESS FOLDER
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Steps that compute nothing under a Watch: python tests/watched.py HOW
+"""Steps that compute nothing under a Watch: python tests/helpers/watched.py HOW
 
 HOW: "loading", no step has begun; "hanging", the third step never ends, as a save to a lost disk does; "ending", the
 step after SIGTERM ends.

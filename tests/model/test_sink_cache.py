@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny import random_params, tiny_config
 
-import longlora_jax
 from longlora_jax.attention.rope import RopeScaling, rope_frequencies
+from longlora_jax.generate import generate
 from longlora_jax.generate.session import Session, complete
 from longlora_jax.model.decoder import Llama
 
@@ -121,7 +121,7 @@ def test_scores_of_a_whole_chunk():
 def test_generates_what_the_reference_continues():
     """Catches: drawn tokens that are read at another place than a prompt's."""
     model, params, tokens = model_and_tokens(40)
-    found = longlora_jax.generate.generate(model, params, tokens, max_new_tokens=40, sinks=SINKS, window=WINDOW)[0]
+    found = generate(model, params, tokens, max_new_tokens=40, sinks=SINKS, window=WINDOW)[0]
     logits = from_scratch(model, params, [*tokens[0], *found], SINKS, WINDOW)
     assert logits[39:-1].argmax(-1).tolist() == found
 

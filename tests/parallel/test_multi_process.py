@@ -1,15 +1,12 @@
 """Runs of several processes on this machine: the same losses as one, and an end for all where one ends."""
-# ruff: noqa: F811  # pytest's fixtures are imported, and named again where they are wanted
 
 import dataclasses
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,72 +14,35 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from test_train_script import environment as script_environment  # noqa: F401
-from test_train_script import home, lora_plus, read_metrics, write_config  # noqa: F401
+from launched import STEPS, Launched, s2_run
+from runs import read_metrics, write_config
 
 from longlora_jax import data
-from longlora_jax.config import AttentionConfig, MeshConfig
+from longlora_jax.config import MeshConfig
 from longlora_jax.errors import UserError
 from longlora_jax.parallel import distributed, rendezvous
 from longlora_jax.parallel.sharding import batch_sharding, local_rows, make_mesh, place_batch
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch").iterdir())
-STEPS = 10
 
 
-@pytest.fixture(scope="module")
-def environment(script_environment):
-    """That of the tests of train.py. Compiling is most of the work here, and how well it is done says nothing."""
-    return script_environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-
-def s2_run(home):
-    """A run with accumulation, dropout, and an evaluation whose windows its batches do not divide."""
-    config = lora_plus(home, steps=STEPS, save_every=3, attention=AttentionConfig(pattern="s2", group_size=8))
-    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=5, max_windows=13))
-
-
-class Launched:
-    """launch/local.sh at work."""
-
-    def __init__(self, environment, folder: Path, processes: int, devices: int, *flags: str):
-        self.workdir, self._out = folder / "work", folder / f"{processes}.log"
-        command = ["bash", str(ROOT / "launch" / "local.sh"), str(processes), str(devices), "--heartbeat_seconds=15"]
-        command += ["--config", str(folder / "run.py"), "--workdir", str(self.workdir), *flags]
-        with open(self._out, "w") as out:
-            environment = environment | {"PYTHON": sys.executable}
-            self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
-
-    def kill(self, victim: int) -> list[str]:
-        """Kills one process, as a host that goes away, once there is a checkpoint. What the others say of it."""
-        while self.process.poll() is None and not list(self.workdir.glob("checkpoints/[0-9]")):
-            time.sleep(0.01)
-        os.kill(int(re.search(rf"process {victim}: pid (\d+)", self.output())[1]), signal.SIGKILL)
-        assert self.process.wait(timeout=60) != 0
-        said = re.findall(r"error: .*", self.output())
-        return [line for line in said if not line.startswith(f"error: process {victim} of ")]
-
-    def output(self) -> str:
-        return self._out.read_text()
-
-
-def test_losses_do_not_depend_on_processes_or_mesh(home, environment, tmp_path):
+def test_losses_do_not_depend_on_processes_or_mesh(home, quick_environment, tmp_path):
     """Catches: a host that reads another's rows, or the same; a shard that lands elsewhere; a checkpoint bound to its
     mesh or its number of hosts; steps reported twice or never; survivors of a lost process that hang or do not say why.
     """
     config = write_config(tmp_path, s2_run(home))
     command = [sys.executable, str(ROOT / "train.py"), "--config", config, "--workdir"]
     four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment | four}
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": quick_environment | four}
     alone = subprocess.Popen([*command, str(tmp_path / "alone")], **quiet)
 
-    said = Launched(environment, tmp_path, 2, 2).kill(1)
+    said = Launched(quick_environment, tmp_path, 2, 2).kill(1)
     assert len(said) == 1 and re.match("error: (lost process 1 on|process 0 of 2 was killed, or has lost)", said[0])
     assert "start the same command again on all hosts, the run resumes" in said[0]
 
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
-    resumed = Launched(environment, tmp_path, 4, 1, *mesh)
+    resumed = Launched(quick_environment, tmp_path, 4, 1, *mesh)
     assert resumed.process.wait(timeout=300) == 0, resumed.output()
     assert len(re.findall("resumed at step [36]\n", resumed.output())) == 1  # the first process alone speaks
     _, err = alone.communicate()
@@ -106,7 +66,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("fault", ["a file", "the config"])
-def test_a_fault_on_one_host_ends_all(fault, home, environment, tmp_path):
+def test_a_fault_on_one_host_ends_all(fault, home, quick_environment, tmp_path):
     """Catches: hosts that wait forever for one that has said what is wrong and left; a line from each of them; hosts
     that train with different configs without a word.
     """
@@ -120,7 +80,7 @@ def test_a_fault_on_one_host_ends_all(fault, home, environment, tmp_path):
         folder = tmp_path / "host1" if i and fault == "a file" else home
         flags = [f"--process_id={i}", *(["--config.seed=1"] if i and fault == "the config" else [])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        hosts.append(subprocess.Popen([*command, *flags], env=environment, cwd=folder, **pipes))
+        hosts.append(subprocess.Popen([*command, *flags], env=quick_environment, cwd=folder, **pipes))
     said = [host.communicate(timeout=60)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [2, 2], said
     reason = "'text.txt' does not exist" if fault == "a file" else "seed is not what process 0 has"
@@ -128,28 +88,28 @@ def test_a_fault_on_one_host_ends_all(fault, home, environment, tmp_path):
     assert said[0].count("\n") == 1 and not (tmp_path / "work").exists()
 
 
-def test_a_coordinator_that_is_not_there(home, environment, tmp_path):
+def test_a_coordinator_that_is_not_there(home, quick_environment, tmp_path):
     """Catches: jax's abort with a stack trace, and minutes of silence before it."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", write_config(tmp_path, s2_run(home))]
     command += ["--workdir", str(tmp_path / "work"), "--num_processes=2", "--process_id=1", "--start_seconds=1"]
     command += [f"--coordinator=localhost:{free_port()}"]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=quick_environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("error: process 0 was not reached at localhost:")
 
 
 @pytest.mark.parametrize("how", ["killed", "the first killed", "stopped", "bug"])
-def test_what_ends_one_process_ends_all(how, environment):
+def test_what_ends_one_process_ends_all(how, quick_environment):
     """Catches: survivors that hang, or that stop without a word or with another code; a silent first process."""
-    environment, port = environment | {"PYTHONPATH": str(ROOT)}, str(free_port())
+    quick_environment, port = quick_environment | {"PYTHONPATH": str(ROOT)}, str(free_port())
     if how == "bug":  # as srun starts them
         step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "3"}
-        environment, port = environment | step | {"JAX_COORDINATOR_PORT": port}, "0"
-    command = [sys.executable, str(ROOT / "tests" / "one_end_for_all.py"), port, "3"]
+        quick_environment, port = quick_environment | step | {"JAX_COORDINATOR_PORT": port}, "0"
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "one_end_for_all.py"), port, "3"]
     last = ["5" if how == "stopped" else "30", "bug" if how == "bug" else "wait"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     tasks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(3)]
-    three = [subprocess.Popen([*command, str(i), *last], env=environment | tasks[i], **pipes) for i in range(3)]
+    three = [subprocess.Popen([*command, str(i), *last], env=quick_environment | tasks[i], **pipes) for i in range(3)]
     victim = {"killed": 2, "stopped": 2, "the first killed": 0}.get(how)
     if victim is not None:
         while three[victim].stdout.readline() != "added\n":

@@ -182,7 +182,7 @@ def test_two_hosts_read_half_a_model_each(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = str(probe.getsockname()[1])
-    command = [sys.executable, "tests/place_on_two_hosts.py", port]
+    command = [sys.executable, "tests/helpers/place_on_two_hosts.py", port]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": "."}
     hosts = [
         subprocess.Popen([*command, str(i), str(tmp_path / "model")], stdout=subprocess.PIPE, env=environment)

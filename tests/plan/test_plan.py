@@ -21,6 +21,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.model.trainable import partition, trainable_mask
 from longlora_jax.parallel.sharding import abstract_mesh, batch_sharding, make_mesh, weight_shardings
+from longlora_jax.plan import __main__ as command
 from longlora_jax.plan import costs, planner
 from longlora_jax.plan.collectives import Collective, collectives, totals
 from longlora_jax.training import run
@@ -194,7 +195,7 @@ def test_a_plan_for_gpus_is_by_formula(topology, memory, tmp_path, capsys):
     """Catches: GPUs that need TPUs' library, a formula passed off as the compiler's, a key that is missing there."""
     sizes = ["--config.accumulation=4", "--config.seq_len=16384"]
     file = tmp_path / "plan.json"
-    planner.main(["--config", "configs/7b_32k.py", "--topology", topology, "--json", str(file), *sizes])
+    command.main(["--config", "configs/7b_32k.py", "--topology", topology, "--json", str(file), *sizes])
     found = json.loads(file.read_text())
     assert set(found) >= set(PLANNED["7B, 32,768"]) - {"command"}
     assert found["memory_by"] == found["collectives_by"] == "formula" and found["fits"]
@@ -208,7 +209,7 @@ def test_a_plan_for_gpus_is_by_formula(topology, memory, tmp_path, capsys):
 
 def test_a_window_that_fits_gpus_is_found(capsys):
     """Catches: a search that wants to compile for them, one that stops at the first mesh."""
-    planner.main(["--config", "configs/7b_32k.py", "--topology", "a100-80gb:2", "--search"])
+    command.main(["--config", "configs/7b_32k.py", "--topology", "a100-80gb:2", "--search"])
     flags, *_ = capsys.readouterr().out.splitlines()
     config = run.read_config("configs/7b_32k.py", flags.split())
     assert config.seq_len >= 2**18 and config.mesh.context == 2
@@ -265,16 +266,16 @@ def test_what_cannot_be_planned_is_one_line(tmp_path):
     """Catches: a traceback for a mistyped topology, a flag that is no field, a file that is no config."""
     for topology in ("h100", "h100:0", "h100:2x4"):
         with pytest.raises(UserError, match=f"topology '{topology}' is not known: give one such as .* or h100:8"):
-            planner.main(["--config", "configs/7b_32k.py", "--topology", topology])
+            command.main(["--config", "configs/7b_32k.py", "--topology", topology])
     with pytest.raises(UserError, match="8 rows a step cannot be cut over data x fsdp = 16 devices"):
-        planner.main(["--config", "configs/7b_32k.py", "--topology", "h100:16"])
+        command.main(["--config", "configs/7b_32k.py", "--topology", "h100:16"])
     with pytest.raises(UserError, match="seq_len=32764 is not a multiple of mesh.context=8"):
         words = ["--config.seq_len=32764", "--config.mesh.context=8", "--config.mesh.fsdp=1"]
-        planner.main(["--config", "configs/7b_32k.py", "--topology", "h100:8", *words])
+        command.main(["--config", "configs/7b_32k.py", "--topology", "h100:8", *words])
     with pytest.raises(UserError, match="topology 'v9:2x4' is not known: give one such as v5e:2x4"):
-        planner.main(["--config", "configs/7b_32k.py", "--topology", "v9:2x4"])
+        command.main(["--config", "configs/7b_32k.py", "--topology", "v9:2x4"])
     with pytest.raises(UserError, match="seqlen"):
-        planner.main(["--config", "configs/7b_32k.py", "--topology", "v5e:2x4", "--config.seqlen=1"])
+        command.main(["--config", "configs/7b_32k.py", "--topology", "v5e:2x4", "--config.seqlen=1"])
     (tmp_path / "config.py").write_text("def get_config():\n    return 3\n")
     with pytest.raises(UserError, match="gives a int: return a Config"):
         run.read_config(str(tmp_path / "config.py"))
@@ -292,4 +293,4 @@ def test_a_plan_for_tpus_from_here():
     assert found["exchange"] == "neighbour" and {row["axis"] for row in found["collectives"]} <= {
         "fsdp", "context", "fsdp+context",
     }  # fmt: skip
-    assert "fits" in planner.table(found) and np.isfinite(found["hours"])
+    assert "fits" in command.table(found) and np.isfinite(found["hours"])

@@ -1,5 +1,4 @@
 """Numbers that go wrong: a bad step changes nothing but the count of steps, and a row of them ends the run."""
-# ruff: noqa: F811  # pytest's fixtures are imported, and named again where they are wanted
 
 import json
 import logging
@@ -9,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import lora_plus
 from safetensors.numpy import load_file, save_file
-from test_train_script import home, lora_plus, script, train  # noqa: F401
-from test_trainer import LORA, start
+from states import LORA, start
 from tiny import random_batch
 
 from longlora_jax.config import EvalConfig, OptimConfig

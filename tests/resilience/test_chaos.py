@@ -4,7 +4,6 @@ A corpus is prepared, a model converted, a run trained on both, all by their com
 moment: at one of the things that it does to files, from any of its threads, and up to 60 ms later, so in the middle of
 steps, saves, evaluations and writes of other languages' code as well. A second process that dies: test_multi_process.
 """
-# ruff: noqa: F811  # pytest's fixtures are imported, and named again where they are wanted
 
 import dataclasses
 import random
@@ -16,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_train_script import environment, home, lora_plus, read_metrics, write_config  # noqa: F401
+from runs import lora_plus, read_metrics, write_config
 
 from longlora_jax.config import DataConfig, EvalConfig
 from longlora_jax.weights.load import load_model
@@ -51,7 +50,7 @@ class Chain:
         """Runs a command up to an event; whether it was killed there."""
         if name in self._made and self._made[name].exists():
             return False  # killed after its last word
-        command = [sys.executable, str(ROOT / "tests" / "killed.py"), str(self.out), str(event), str(delay)]
+        command = [sys.executable, str(ROOT / "tests" / "helpers" / "killed.py"), str(self.out), str(event), str(delay)]
         ended = subprocess.run([*command, *self.commands[name]], env=self._environment, capture_output=True, text=True)
         assert ended.returncode in (0, -signal.SIGKILL), (name, event, delay, ended.stdout, ended.stderr)
         return ended.returncode != 0

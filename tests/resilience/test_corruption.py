@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from test_trainer import start
+from states import start, state_at
 from tiny import tiny_config
 
 from longlora_jax.config import Config, DataConfig, LoraConfig
@@ -24,12 +24,6 @@ from longlora_jax.weights.load import load_model, open_model, write_run_config
 
 ROOT = Path(__file__).parents[2]
 SAVED = (10, 20)
-
-
-def state_at(step: int, **options):
-    """A state whose numbers say of which step they are."""
-    state, _ = start("lora", **options)
-    return state.replace(step=state.step + step, trainable=jax.tree.map(lambda x: x + step, state.trainable))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +141,7 @@ def test_half_a_save_is_never_chosen(workdir):
 FULL = """
 import resource, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-from test_corruption import state_at
+from states import state_at
 from longlora_jax.errors import UserError
 from longlora_jax.resilience.checkpoints import RunCheckpoints
 
@@ -167,7 +161,7 @@ def test_a_full_disk_leaves_the_last_good_state(workdir):
 
     No file may have more than 2,000 bytes: for who writes it the same as a full disk.
     """
-    code = FULL.format(root=str(ROOT), tests=str(ROOT / "tests"), workdir=str(workdir))
+    code = FULL.format(root=str(ROOT), tests=str(ROOT / "tests" / "helpers"), workdir=str(workdir))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "step 40 could not be saved" in said[0], (done.stdout, done.stderr)

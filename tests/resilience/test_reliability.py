@@ -1,5 +1,4 @@
 """Promises of docs/reliability.md and SECURITY.md that have no room of their own."""
-# ruff: noqa: F811  # pytest's fixtures are imported, and named again where they are wanted
 
 import ast
 import dataclasses
@@ -13,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.errors import JaxRuntimeError
-from test_train_script import FakeStep, fake, home, lora_plus, script, train, write_config  # noqa: F401
+from runs import FakeStep, lora_plus, write_config
 
 from longlora_jax.config import Config, validate
 from longlora_jax.errors import UserError, in_plain_words

@@ -1,5 +1,4 @@
 """Thousands of steps with saves and evaluations: memory, file descriptors and step time stay as they are."""
-# ruff: noqa: F811  # pytest's fixtures are imported, and named again where they are wanted
 
 import dataclasses
 import json
@@ -8,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_train_script import environment, home, lora_plus, start, write_config  # noqa: F401
+from runs import lora_plus, start, write_config
 
 STEPS = 3000
 

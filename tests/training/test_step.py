@@ -8,35 +8,20 @@ import numpy as np
 import optax
 import pytest
 from jaxpr_arrays import shapes
-from tiny import random_batch, random_params, tiny_config
+from states import ADAMW, start
+from tiny import random_batch
 
 from longlora_jax.attention.patterns import FULL, Pattern
-from longlora_jax.config import LoraConfig, OptimConfig
-from longlora_jax.model.decoder import Llama
-from longlora_jax.model.trainable import combine, partition, trainable_mask
-from longlora_jax.training.optim import make_optimizer
-from longlora_jax.training.step import TrainState, eval_step, jit_train_step, loss_sums, train_step
+from longlora_jax.config import LoraConfig
+from longlora_jax.model.trainable import combine, trainable_mask
+from longlora_jax.training.step import eval_step, jit_train_step, loss_sums, train_step
 
-# Two of them: one is compiled faster than four, and o_proj is the one that reads two axes.
-LORA = LoraConfig(rank=3, targets=("q_proj", "o_proj"))
 # Keeps the gradients where the moments of a real optimizer would be, and changes nothing.
 KEEP_GRADIENTS = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
 )
-ADAMW = make_optimizer(OptimConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1), steps=10)
 SUMS = {"rtol": 1e-5, "atol": 1e-6}  # the same float32 numbers, added in another order
-
-
-def start(mode="lora_plus", optimizer=ADAMW, *, pattern=FULL, lora=LORA, accumulation=1):
-    """(TrainState, frozen) of a tiny model with random weights, on one device."""
-    model = Llama(tiny_config(), lora=None if mode == "full" else lora, pattern=pattern)
-    params = random_params(model)
-    trains, frozen = partition(params, trainable_mask(params, mode))
-    state = TrainState.create(
-        model=model, optimizer=optimizer, trainable=trains, accumulation=accumulation, loss_chunk=13
-    )
-    return jax.device_put((state, frozen), jax.devices()[0])
 
 
 def gradients(batch, **options):

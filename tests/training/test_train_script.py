@@ -1,134 +1,27 @@
 """train.py as a user runs it: the files of a workdir, runs that are killed and started again, and bad input."""
 
 import dataclasses
-import functools
 import hashlib
-import importlib.util
 import json
-import logging
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-import tokenizers
-from tiny import random_params, tiny_config
-from tokenizers import models, pre_tokenizers
+from runs import STEPS, finish, full, kill_after, lora_plus, read_metrics, start, write_config
+from tiny import tiny_config
 
 from longlora_jax.attention.patterns import FULL, Pattern
-from longlora_jax.config import AttentionConfig, Config, DataConfig, EvalConfig, LoraConfig, OptimConfig
-from longlora_jax.model.decoder import Llama
-from longlora_jax.weights.hf import load_hf, save_hf
+from longlora_jax.config import AttentionConfig, DataConfig, EvalConfig
+from longlora_jax.weights.hf import load_hf
 from longlora_jax.weights.load import load_model, read_run_config
 
 ROOT = Path(__file__).parents[2]
-STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A folder with what a run needs: base/ (a Hugging Face folder, a byte for a token) and text.txt."""
-    folder = tmp_path_factory.mktemp("home")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(["<eos>", *letters])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    (folder / "tokenizer").mkdir()
-    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    model = Llama(shape())
-    save_hf(str(folder / "base"), model.config, random_params(model), tokenizer_from=str(folder / "tokenizer"))
-    words = ["pear", "quince", "rowan", "sloe", "and", "or", "of", "\n"]
-    (folder / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=5000)))
-    return folder
-
-
-def shape(**options):
-    return tiny_config(vocab_size=257, max_position_embeddings=16, **options)
-
-
-def lora_plus(home, **changes) -> Config:
-    """A run that uses all that a resumed run could get wrong: dropout, accumulation, evaluation, two patterns."""
-    config = Config(
-        seq_len=32,
-        steps=STEPS,
-        batch_size=16,
-        accumulation=2,
-        init_from=str(home / "base"),
-        mode="lora_plus",
-        lora=LoraConfig(rank=2, dropout=0.1, targets=("q_proj",)),
-        attention=AttentionConfig(pattern="short", group_size=8, full_last=0.5),
-        data=DataConfig(source="text", path=str(home / "text.txt")),
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=5, schedule="cosine"),
-        eval=EvalConfig(every=10, max_windows=16, data=DataConfig(source="text", path=str(home / "text.txt"))),
-        dtype="float32",
-        remat="none",
-        save_every=3,
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def full(home) -> Config:
-    """A model from nothing."""
-    attention = AttentionConfig(pattern="full")
-    data = DataConfig(source="text", path=str(home / "text.txt"), tokenizer=str(home / "tokenizer"))
-    model = shape(tie_word_embeddings=True)
-    changes = {"init_from": "", "model": model, "mode": "full", "accumulation": 1, "eval": EvalConfig()}
-    return lora_plus(home, **changes, attention=attention, data=data)
-
-
-def write_config(folder: Path, config: Config) -> str:
-    """A config file whose get_config() returns this config."""
-    path = folder / "run.py"
-    path.write_text(f"from longlora_jax.config import *\n\n\ndef get_config():\n    return {config!r}\n")
-    return str(path)
 
 
 # Real processes
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """One device, and a cache of compiled steps: each process would spend most of its time on the same ones."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | cache
-
-
-def start(environment, config: str, workdir: Path, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), "--config", config, "--workdir", str(workdir), *flags]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    """(stdout, stderr) of a process that must succeed."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out, err
-
-
-def kill_after(process: subprocess.Popen, metrics: Path, lines: int) -> None:
-    """Kills a run, as a machine does that goes away, once it has logged so many steps."""
-    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < lines):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, err
-
-
-def read_metrics(workdir: Path) -> list[dict]:
-    """Every line but what a clock says."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in line.items() if not name.startswith("perf/")} for line in lines]
 
 
 @pytest.fixture(scope="module", params=[lora_plus, full], ids=["lora_plus", "full"])
@@ -208,37 +101,6 @@ def test_a_fault_is_one_line_and_exit_code_2(fault, home, environment, tmp_path)
 # The same functions without a new process for each
 
 
-@functools.cache
-def train_module():
-    """train.py as a module, once: its flags cannot be defined again."""
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def script():
-    """train.py as a module."""
-    return train_module()
-
-
-@pytest.fixture
-def train(script, tmp_path, monkeypatch):
-    """Runs train.py's main on a config: train(config, workdir)."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def run(config: Config, workdir: Path) -> None:
-        argv = ["train.py", "--config", write_config(tmp_path, config), "--workdir", str(workdir)]
-        monkeypatch.setattr(sys, "argv", argv)
-        script.main(script.parse_flags(argv))
-
-    yield run
-    root.handlers[:], _ = handlers, root.setLevel(level)
-    logging.captureWarnings(False)
-
-
 def truncate(home, folder):
     """The base with half of its weights cut off."""
     copy_base(home, folder)
@@ -313,35 +175,6 @@ def tree_digest(folder: Path) -> dict[str, str]:
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
     }
-
-
-class FakeStep:
-    """In place of a compiled step: counts, notes the attention patterns, computes nothing."""
-
-    def __init__(self):
-        self.compiled, self.patterns, self.batches = [], [], []
-
-    def compile(self, state, frozen, rows, *, segmented):
-        self.compiled.append(state.model.pattern)
-        return self
-
-    def memory_analysis(self):
-        return SimpleNamespace(argument_size_in_bytes=2**30, temp_size_in_bytes=2**29)
-
-    def __call__(self, state, frozen, batch):
-        assert state.model.pattern == self.compiled[-1]
-        self.patterns.append(state.model.pattern)
-        self.batches.append(jax.device_get(batch))
-        return state.replace(step=state.step + 1), {"loss": 1.0, "grad_norm": 0.5, "skipped": 0, "in_a_row": 0}
-
-
-@pytest.fixture
-def fake(script, monkeypatch):
-    """The loop of train.py around a step that costs nothing."""
-    step = FakeStep()
-    monkeypatch.setattr(script, "compile_train_step", step.compile)
-    monkeypatch.setattr(script, "Evaluation", lambda config, model: lambda state, frozen: {"eval/loss": 2.0})
-    return step
 
 
 def test_the_loop_keeps_its_rhythm(train, fake, home, tmp_path, capsys):

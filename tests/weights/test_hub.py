@@ -17,7 +17,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from tests.tiny import tiny_config
+from tiny import tiny_config
 
 from longlora_jax.errors import UserError
 from longlora_jax.weights.hf_config import config_to_json, load_config

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from tests.tiny import random_params
+from tiny import random_params
 
 from longlora_jax.attention.rope import RopeScaling
 from longlora_jax.config import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig

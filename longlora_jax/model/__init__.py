@@ -1,0 +1,1 @@
+"""The decoder and its parts: blocks, adapters, the KV cache, losses, and which weights train."""

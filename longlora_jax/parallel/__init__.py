@@ -1,0 +1,1 @@
+"""Meshes and shardings, and several processes as one run."""

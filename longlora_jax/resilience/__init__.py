@@ -1,0 +1,1 @@
+"""What a run survives: checkpoints, a watchdog, bad steps, changed versions."""

@@ -1,0 +1,117 @@
+"""Runs of train.py: a config that uses everything, processes that are started, killed and finished."""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+from tiny import tiny_config
+
+from longlora_jax.config import AttentionConfig, Config, DataConfig, EvalConfig, LoraConfig, OptimConfig
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+
+
+def shape(**options):
+    return tiny_config(vocab_size=257, max_position_embeddings=16, **options)
+
+
+def lora_plus(home, **changes) -> Config:
+    """A run that uses all that a resumed run could get wrong: dropout, accumulation, evaluation, two patterns."""
+    config = Config(
+        seq_len=32,
+        steps=STEPS,
+        batch_size=16,
+        accumulation=2,
+        init_from=str(home / "base"),
+        mode="lora_plus",
+        lora=LoraConfig(rank=2, dropout=0.1, targets=("q_proj",)),
+        attention=AttentionConfig(pattern="short", group_size=8, full_last=0.5),
+        data=DataConfig(source="text", path=str(home / "text.txt")),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=5, schedule="cosine"),
+        eval=EvalConfig(every=10, max_windows=16, data=DataConfig(source="text", path=str(home / "text.txt"))),
+        dtype="float32",
+        remat="none",
+        save_every=3,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def full(home) -> Config:
+    """A model from nothing."""
+    attention = AttentionConfig(pattern="full")
+    data = DataConfig(source="text", path=str(home / "text.txt"), tokenizer=str(home / "tokenizer"))
+    model = shape(tie_word_embeddings=True)
+    changes = {"init_from": "", "model": model, "mode": "full", "accumulation": 1, "eval": EvalConfig()}
+    return lora_plus(home, **changes, attention=attention, data=data)
+
+
+def write_config(folder: Path, config: Config) -> str:
+    """A config file whose get_config() returns this config."""
+    path = folder / "run.py"
+    path.write_text(f"from longlora_jax.config import *\n\n\ndef get_config():\n    return {config!r}\n")
+    return str(path)
+
+
+def start(environment, config: str, workdir: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), "--config", config, "--workdir", str(workdir), *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    """(stdout, stderr) of a process that must succeed."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def kill_after(process: subprocess.Popen, metrics: Path, lines: int) -> None:
+    """Kills a run, as a machine does that goes away, once it has logged so many steps."""
+    while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < lines):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == -signal.SIGKILL, err
+
+
+def read_metrics(workdir: Path) -> list[dict]:
+    """Every line but what a clock says."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if not name.startswith("perf/")} for line in lines]
+
+
+@functools.cache
+def train_module():
+    """train.py as a module, once: its flags cannot be defined again."""
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class FakeStep:
+    """In place of a compiled step: counts, notes the attention patterns, computes nothing."""
+
+    def __init__(self):
+        self.compiled, self.patterns, self.batches = [], [], []
+
+    def compile(self, state, frozen, rows, *, segmented):
+        self.compiled.append(state.model.pattern)
+        return self
+
+    def memory_analysis(self):
+        return SimpleNamespace(argument_size_in_bytes=2**30, temp_size_in_bytes=2**29)
+
+    def __call__(self, state, frozen, batch):
+        assert state.model.pattern == self.compiled[-1]
+        self.patterns.append(state.model.pattern)
+        self.batches.append(jax.device_get(batch))
+        return state.replace(step=state.step + 1), {"loss": 1.0, "grad_norm": 0.5, "skipped": 0, "in_a_row": 0}
