@@ -65,7 +65,7 @@ def our_step(seq_len: int, attention: str, remat: str, weights: str):
         return partition(params, jax.tree_util.tree_map_with_path(is_new, params))[0]
 
     params = combine(jax.jit(adapters)(jax.random.PRNGKey(0)), jax.tree.map(jnp.asarray, base))
-    trainable, frozen = partition(params, trainable_mask(params, "lora_plus"))
+    trainable, frozen = partition(params, trainable_mask(params, "longlora"))
     optimizer = optim.make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, warmup_steps=0), 1000)
     state = TrainState.create(model=model, optimizer=optimizer, trainable=trainable)
     # Committed to the device, as train.py has it; else the second step would be compiled anew and timed so.

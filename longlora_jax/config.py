@@ -14,7 +14,8 @@ from longlora_jax.fields import type_faults
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
-MODES = ("lora_plus", "lora", "full")
+MODES = ("longlora", "lora", "full")
+FORMER_MODES = {"lora_plus": "longlora"}  # read in configs of earlier versions
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
@@ -161,7 +162,7 @@ class Config:
     accumulation: int = 1  # an update is computed in so many parts
     init_from: str = ""  # a Hugging Face folder or a converted checkpoint; "": random weights of `model`
     model: ModelConfig | None = None  # None: read from init_from
-    mode: str = "lora_plus"  # lora_plus | lora | full
+    mode: str = "longlora"  # longlora | lora | full
     lora: LoraConfig = field(default_factory=LoraConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -189,6 +190,9 @@ class Config:
     keep_checkpoints: int = 2
     max_bad_steps: int = 10  # a step whose loss or gradient is not finite is skipped; so many in a row end the run
     seed: int = 0
+
+    def __post_init__(self):
+        self.mode = FORMER_MODES.get(self.mode, self.mode)
 
 
 CHOICES = {
@@ -267,7 +271,7 @@ def _rate_faults(optim: OptimConfig, mode: str) -> list[str]:
         if not 0 <= rate < math.inf:
             faults.append(f"optim.{name}={rate} must be 0 (that is, learning_rate) or more")
         elif rate and mode == "lora":
-            faults.append(f"optim.{name}={rate}, but mode='lora' trains adapters alone: set mode to lora_plus")
+            faults.append(f"optim.{name}={rate}, but mode='lora' trains adapters alone: set mode to longlora")
         elif rate and optim.learning_rate <= 0:
             faults.append(f"optim.{name}={rate} follows the schedule of learning_rate: set that above 0")
     return faults

@@ -25,13 +25,13 @@ def group_of(path: tuple[str, ...]) -> str:
     return "attention" if "self_attn" in path else "mlp"
 
 
-TRAINED_GROUPS = {"lora": {"lora"}, "lora_plus": {"lora", "embedding", "norm"}}
+TRAINED_GROUPS = {"lora": {"lora"}, "longlora": {"lora", "embedding", "norm"}}
 
 
 def trainable_mask(params, mode: str):
     """A tree of booleans like params: True where the leaf trains.
 
-    mode: `lora_plus` (adapters, embedding and norms: LongLoRA), `lora` (adapters alone) or `full` (everything).
+    mode: `longlora` (adapters, embedding and norms: LongLoRA), `lora` (adapters alone) or `full` (everything).
     """
     if mode not in MODES:
         raise UserError(f"mode={mode!r} is unknown: use one of {', '.join(MODES)}")

@@ -156,7 +156,7 @@ def _facts(run: Run) -> dict[str, str]:
             pattern += f"; full in the last {attention['full_last']:.0%} of the steps"
     targets = ", ".join(str(t).removesuffix("_proj") for t in lora.get("targets", []))
     adapters = f"LoRA of rank {lora.get('rank')} on {targets}"
-    recipe = {"lora": adapters, "lora_plus": f"{adapters}; embedding and norms too", "full": "every weight"}
+    recipe = {"lora": adapters, "longlora": f"{adapters}; embedding and norms too", "full": "every weight"}
     optim, source = c.get("optim", {}), data.get("source", "")
     rate = f"learning rate {short(optim.get('learning_rate', 0))}, {optim.get('schedule')}"
     where = os.path.basename(str(data.get("path", "")).rstrip("/"))

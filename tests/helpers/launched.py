@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from runs import ROOT, lora_plus
+from runs import ROOT, longlora
 
 from longlora_jax.config import AttentionConfig
 
@@ -18,7 +18,7 @@ STEPS = 10
 
 def s2_run(home):
     """A run with accumulation, dropout, and an evaluation whose windows its batches do not divide."""
-    config = lora_plus(home, steps=STEPS, save_every=3, attention=AttentionConfig(pattern="s2", group_size=8))
+    config = longlora(home, steps=STEPS, save_every=3, attention=AttentionConfig(pattern="s2", group_size=8))
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=5, max_windows=13))
 
 

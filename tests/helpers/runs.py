@@ -24,7 +24,7 @@ def shape(**options):
     return tiny_config(vocab_size=257, max_position_embeddings=16, **options)
 
 
-def lora_plus(home, **changes) -> Config:
+def longlora(home, **changes) -> Config:
     """A run that uses all that a resumed run could get wrong: dropout, accumulation, evaluation, two patterns."""
     config = Config(
         seq_len=32,
@@ -32,7 +32,7 @@ def lora_plus(home, **changes) -> Config:
         batch_size=16,
         accumulation=2,
         init_from=str(home / "base"),
-        mode="lora_plus",
+        mode="longlora",
         lora=LoraConfig(rank=2, dropout=0.1, targets=("q_proj",)),
         attention=AttentionConfig(pattern="short", group_size=8, full_last=0.5),
         data=DataConfig(source="text", path=str(home / "text.txt")),
@@ -51,7 +51,7 @@ def full(home) -> Config:
     data = DataConfig(source="text", path=str(home / "text.txt"), tokenizer=str(home / "tokenizer"))
     model = shape(tie_word_embeddings=True)
     changes = {"init_from": "", "model": model, "mode": "full", "accumulation": 1, "eval": EvalConfig()}
-    return lora_plus(home, **changes, attention=attention, data=data)
+    return longlora(home, **changes, attention=attention, data=data)
 
 
 def write_config(folder: Path, config: Config) -> str:

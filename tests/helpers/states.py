@@ -15,7 +15,7 @@ LORA = LoraConfig(rank=3, targets=("q_proj", "o_proj"))
 ADAMW = make_optimizer(OptimConfig(learning_rate=1e-2, warmup_steps=0, weight_decay=0.1), steps=10)
 
 
-def start(mode="lora_plus", optimizer=ADAMW, *, pattern=FULL, lora=LORA, accumulation=1):
+def start(mode="longlora", optimizer=ADAMW, *, pattern=FULL, lora=LORA, accumulation=1):
     """(TrainState, frozen) of a tiny model with random weights, on one device."""
     model = Llama(tiny_config(), lora=None if mode == "full" else lora, pattern=pattern)
     params = random_params(model)

@@ -105,9 +105,9 @@ def test_positions_and_padding_equal_transformers(tmp_path):
 # Keeps the gradients where the moments of a real optimizer would be.
 KEEP_GRADIENTS = optax.GradientTransformation(lambda params: params, lambda grads, state, params: (grads, grads))
 ADAPTED = {
-    "lora_plus": ("lora_plus", LoraConfig(rank=4, alpha=16.0), {}),
-    "lora_plus_tied_all_targets_rslora": (
-        "lora_plus",
+    "longlora": ("longlora", LoraConfig(rank=4, alpha=16.0), {}),
+    "longlora_tied_all_targets_rslora": (
+        "longlora",
         LoraConfig(rank=3, alpha=5.0, targets=ATTENTION_TARGETS + MLP_TARGETS, rslora=True),
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
@@ -168,7 +168,7 @@ def test_gradients_equal_peft(adapted):
     embedding that gets half of its gradient, a mean over the wrong number of tokens."""
     mode, theirs, ours, params = adapted
     for name, parameter in theirs.named_parameters():
-        trains = "lora_" in name or (mode == "lora_plus" and ("embed_tokens" in name or "norm" in name))
+        trains = "lora_" in name or (mode == "longlora" and ("embed_tokens" in name or "norm" in name))
         parameter.requires_grad_(trains)
     batch = random_batch(2, 40)
     batch["loss_mask"] = batch["loss_mask"].at[0, 10:20].set(0).at[1, 30:].set(0)
@@ -189,8 +189,8 @@ def test_gradients_equal_peft(adapted):
             expected = expected["default"].weight.grad.numpy()
             assert np.abs(expected).max() > 1e-2
             np.testing.assert_allclose(found, expected, **CLOSE, err_msg=f"layer {i} {path}")
-    assert ("embed_tokens" in grads) == (mode == "lora_plus")
-    if mode == "lora_plus":
+    assert ("embed_tokens" in grads) == (mode == "longlora")
+    if mode == "longlora":
         inner = theirs.get_base_model().model
         pairs = [(grads["embed_tokens"]["embedding"], inner.embed_tokens), (grads["norm"]["scale"], inner.norm)]
         for name in ("input_layernorm", "post_attention_layernorm"):
@@ -285,7 +285,7 @@ def test_a_tied_model_without_adapters_has_no_more_leaves_than_it_needs():
 def test_parameter_counts_of_the_paper(config, total, kv_width):
     """Catches: a preset with a wrong size, a group of leaves that trains or freezes against the method."""
     shapes = abstract_params(Llama(config, lora=LoraConfig()))
-    counts = census(shapes, trainable_mask(shapes, "lora_plus"))
+    counts = census(shapes, trainable_mask(shapes, "longlora"))
     d, layers = config.hidden_size, config.num_hidden_layers
     expected = {
         "lora": layers * 8 * (2 * (d + d) + 2 * (d + kv_width)),  # q and o, k and v

@@ -76,7 +76,7 @@ def test_evaluation_is_without_noise_and_training_has_it():
 
 
 def start(model, params, optimizer, **options):
-    trains, frozen = partition(params, trainable_mask(params, "lora_plus"))
+    trains, frozen = partition(params, trainable_mask(params, "longlora"))
     return TrainState.create(model=model, optimizer=optimizer, trainable=trains, loss_chunk=16, **options), frozen
 
 

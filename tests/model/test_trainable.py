@@ -56,18 +56,18 @@ def test_what_each_mode_trains(tied):
     config = tiny(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
     params = abstract_params(Llama(config, LORA))
     trained = {
-        mode: paths(partition(params, trainable_mask(params, mode))[0]) for mode in ("lora", "lora_plus", "full")
+        mode: paths(partition(params, trainable_mask(params, mode))[0]) for mode in ("lora", "longlora", "full")
     }
     assert trained["lora"] == ADAPTERS
-    assert trained["lora_plus"] == ADAPTERS | NORMS | {"embed_tokens/embedding"}
+    assert trained["longlora"] == ADAPTERS | NORMS | {"embed_tokens/embedding"}
     head = set() if tied else {"lm_head/kernel"}
     weights = {f"{projection}/{leaf}" for projection in PROJECTIONS for leaf in ("kernel", "bias")}
-    assert trained["full"] == trained["lora_plus"] | head | weights == paths(params)
+    assert trained["full"] == trained["longlora"] | head | weights == paths(params)
 
 
 def test_unknown_mode_is_one_clear_line():
     """A typing error that trains nothing or everything."""
-    with pytest.raises(UserError, match="lora_plus") as error:
+    with pytest.raises(UserError, match="longlora") as error:
         trainable_mask({}, "lora+")
     assert "\n" not in str(error.value)
 
@@ -108,7 +108,7 @@ def test_combine_refuses_a_leaf_of_both():
 def test_census_of_llama2_7b():
     """The method's counts, exactly: what is printed before a run that takes days."""
     params = abstract_params(Llama(llama2_7b(), LoraConfig()))
-    mask = trainable_mask(params, "lora_plus")
+    mask = trainable_mask(params, "longlora")
     assert census(params, mask) == {
         "lora": {"trainable": 8_388_608, "frozen": 0},
         "embedding": {"trainable": 131_072_000, "frozen": 0},
@@ -136,7 +136,7 @@ def random_like(shapes, seed):
 
 def small_tree():
     params = random_like(abstract_params(Llama(tiny(), LORA)), 0)
-    return params, trainable_mask(params, "lora_plus")
+    return params, trainable_mask(params, "longlora")
 
 
 def three_steps(optimizer, params, gradients):

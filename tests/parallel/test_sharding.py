@@ -34,7 +34,7 @@ def step_on(mesh, *, accumulation: int = 1):
     model = Llama(config, lora=LoraConfig(rank=2), pattern=Pattern("s2", 8), remat="block", mesh=mesh)
     shardings = weight_shardings(mesh, logical_axes(model), abstract_params(model))
     params = jax.device_put(random_params(model), shardings)
-    trains, frozen = partition(params, trainable_mask(params, "lora_plus"))
+    trains, frozen = partition(params, trainable_mask(params, "longlora"))
     # Linear in the gradient: Adam would divide rounding near zero by itself.
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
     state = TrainState.create(model=model, optimizer=optimizer, trainable=trains, accumulation=accumulation)

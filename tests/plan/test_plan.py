@@ -101,7 +101,7 @@ def compiled_step(mesh, pattern, seq_len, **options):
     config = tiny_config(num_key_value_heads=4, vocab_size=48, num_hidden_layers=3, head_dim=16)
     model = Llama(config, lora=LoraConfig(rank=2), pattern=pattern, remat="block", mesh=mesh, **options)
     params = jax.device_put(random_params(model), weight_shardings(mesh, logical_axes(model), abstract_params(model)))
-    trains, frozen = partition(params, trainable_mask(params, "lora_plus"))
+    trains, frozen = partition(params, trainable_mask(params, "longlora"))
     optimizer = make_optimizer(presets.longlora(config, init_from="x", seq_len=seq_len).optim, 10)
     state = TrainState.create(model=model, optimizer=optimizer, trainable=trains, loss_chunk=16)
     state = jax.tree.map(lambda x: x if x.committed else jax.device_put(x, NamedSharding(mesh, P())), state)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import lora_plus
+from runs import longlora
 from safetensors.numpy import load_file, save_file
 from states import LORA, start
 from tiny import random_batch
@@ -99,7 +99,7 @@ def test_a_row_of_bad_steps_ends_the_run_with_its_batch(script, train, home, tmp
     """Catches: days of steps that change nothing; a line that does not say where to look; another step's batch."""
     base, letter = poison(home, tmp_path)
     changes = {"mode": "lora", "accumulation": 1, "batch_size": 8, "eval": EvalConfig(), "save_every": 2}
-    config = lora_plus(home, init_from=base, steps=9, max_bad_steps=4, log_every=2, **changes)
+    config = longlora(home, init_from=base, steps=9, max_bad_steps=4, log_every=2, **changes)
     with pytest.raises(SystemExit) as stop:
         train(config, tmp_path / "work")
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

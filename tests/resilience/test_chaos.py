@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import lora_plus, read_metrics, write_config
+from runs import longlora, read_metrics, write_config
 
 from longlora_jax.config import DataConfig, EvalConfig
 from longlora_jax.weights.load import load_model
@@ -35,7 +35,7 @@ class Chain:
         tokens, base, work = (self.out / name for name in ("tokens", "base", "work"))
         data = DataConfig(source="arrayrecord", path=str(tokens), tokenizer=str(home / "base"))
         evaluation = EvalConfig(every=4, max_windows=4, data=DataConfig(path=str(home / "text.txt")))
-        config = lora_plus(home, steps=24, batch_size=4, init_from=str(base), data=data, eval=evaluation)
+        config = longlora(home, steps=24, batch_size=4, init_from=str(base), data=data, eval=evaluation)
         config = write_config(folder, dataclasses.replace(config, save_every=2))
         prepare = ["-m", "longlora_jax.data.prepare", "--source", "text", "--path", str(home / "text.txt")]
         convert = [str(ROOT / "convert_weights.py"), "from-hf", str(home / "base"), str(base)]

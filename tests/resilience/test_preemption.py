@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from launched import Launched, s2_run
 from readers import children, packed
-from runs import lora_plus, read_metrics, start, write_config
+from runs import longlora, read_metrics, start, write_config
 
 from longlora_jax import data
 from longlora_jax.config import EvalConfig
@@ -36,7 +36,7 @@ def test_sigterm_saves_the_step_and_says_again(home, quick_environment, tmp_path
     """Catches: a preempted run that goes back to its last save, an exit code that no scheduler starts again, a step
     that is reported twice."""
     changes = {"mode": "lora", "accumulation": 1, "batch_size": 2, "eval": EvalConfig()}
-    config = write_config(tmp_path, lora_plus(home, steps=5000, save_every=5000, log_every=1, **changes))
+    config = write_config(tmp_path, longlora(home, steps=5000, save_every=5000, log_every=1, **changes))
     steps = []
     for before in (0, 1):
         process = start(quick_environment, config, tmp_path / "work", f"--config.workers={before}")

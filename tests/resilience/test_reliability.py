@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.errors import JaxRuntimeError
-from runs import FakeStep, lora_plus, write_config
+from runs import FakeStep, longlora, write_config
 
 from longlora_jax.config import Config, validate
 from longlora_jax.errors import UserError, in_plain_words
@@ -65,7 +65,7 @@ def test_what_a_machine_runs_out_of_is_one_line(
     if name == "compile":
         monkeypatch.setattr(script, "compile_train_step", no_memory_to_compile)
     with pytest.raises(SystemExit) as stop:
-        train(lora_plus(home, steps=3), tmp_path / "work")
+        train(longlora(home, steps=3), tmp_path / "work")
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(err) == 1 and said in err[0]
 
@@ -149,7 +149,7 @@ def fields(value, before: str = "") -> list[str]:
 
 def test_overrides_are_taken_or_refused(home, tmp_path):
     """Catches: a traceback for a flag, a flag that runs something, one whose type validate() stumbles over."""
-    base = lora_plus(home)
+    base = longlora(home)
     path, names, rng = write_config(tmp_path, base), fields(base), random.Random(0)
     taken = refused = 0
     for _ in range(1500):

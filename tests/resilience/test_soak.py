@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import lora_plus, start, write_config
+from runs import longlora, start, write_config
 
 STEPS = 3000
 
@@ -22,7 +22,7 @@ def held(pid: int) -> tuple[float, int]:
 @pytest.mark.slow
 def test_nothing_grows(environment, home, tmp_path):
     """Catches: a list that every step adds to, a file that every save leaves open, a step that gets slower."""
-    config = lora_plus(home, steps=STEPS, batch_size=2, save_every=25)
+    config = longlora(home, steps=STEPS, batch_size=2, save_every=25)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=100, max_windows=4))
     process, metrics = start(environment, write_config(tmp_path, config), tmp_path / "work"), tmp_path / "work"
     seen = []

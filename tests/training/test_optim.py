@@ -181,9 +181,9 @@ def test_moments_find_their_places_on_a_mesh():
     ("mode", "options", "fault"),
     [
         ("lora", {"embedding_learning_rate": 1e-4}, "trains adapters alone"),
-        ("lora_plus", {"norm_learning_rate": -1.0}, "must be 0"),
-        ("lora_plus", {"norm_learning_rate": float("nan")}, "must be 0"),
-        ("lora_plus", {"norm_learning_rate": 1e-4, "learning_rate": 0.0}, "set that above 0"),
+        ("longlora", {"norm_learning_rate": -1.0}, "must be 0"),
+        ("longlora", {"norm_learning_rate": float("nan")}, "must be 0"),
+        ("longlora", {"norm_learning_rate": 1e-4, "learning_rate": 0.0}, "set that above 0"),
     ],
 )
 def test_rates_without_effect_are_refused(mode, options, fault):

@@ -48,7 +48,7 @@ def names(tree) -> set[str]:
 
 TRAINED = {
     "lora": {"lora_a", "lora_b"},
-    "lora_plus": {"lora_a", "lora_b", "embedding", "scale"},
+    "longlora": {"lora_a", "lora_b", "embedding", "scale"},
     "full": {"embedding", "scale", "kernel"},
 }
 
@@ -90,7 +90,7 @@ def test_the_update_equals_optax_masked():
     state, frozen = start()
     batch = random_batch(2, 20)
     params = combine(state.trainable, frozen)
-    mask = trainable_mask(params, "lora_plus")
+    mask = trainable_mask(params, "longlora")
     new, _ = jit_train_step(state)(jax.tree.map(jnp.copy, state), frozen, batch)
 
     masked = optax.chain(

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import STEPS, finish, full, kill_after, lora_plus, read_metrics, start, write_config
+from runs import STEPS, finish, full, kill_after, longlora, read_metrics, start, write_config
 from tiny import tiny_config
 
 from longlora_jax.attention.patterns import FULL, Pattern
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 # Real processes
 
 
-@pytest.fixture(scope="module", params=[lora_plus, full], ids=["lora_plus", "full"])
+@pytest.fixture(scope="module", params=[longlora, full], ids=["longlora", "full"])
 def whole_run(request, home, environment, tmp_path_factory):
     """A run that nothing disturbed: (kind, its folder, config file, workdir, stdout, stderr)."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
@@ -46,7 +46,7 @@ def test_a_workdir_holds_what_was_promised(whole_run, home):
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     train = {"train/loss", "train/grad_norm", "train/learning_rate"}
     perf = {"perf/tokens_per_second", "perf/step_seconds"}
-    evaluation = {"eval/loss", "eval/perplexity", "eval/tokens"} if kind == "lora_plus" else set()
+    evaluation = {"eval/loss", "eval/perplexity", "eval/tokens"} if kind == "longlora" else set()
     for line in lines:
         assert set(line) == {"step"} | train | perf | (evaluation if line["step"] % 10 == 0 else set())
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]
@@ -55,13 +55,13 @@ def test_a_workdir_holds_what_was_promised(whole_run, home):
 
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [39, 40]
     events = b"".join(p.read_bytes() for p in workdir.glob("events.out.tfevents.*"))
-    assert b"train/loss" in events and (b"eval/perplexity" in events) == (kind == "lora_plus")
+    assert b"train/loss" in events and (b"eval/perplexity" in events) == (kind == "longlora")
     assert "group " in out and "tokens, 40 steps" in out
     bars = ("whole: ", "reading weights: ")
     assert all(line.startswith(bars) for line in err.splitlines() if line.strip()), err
 
     trained = load_model(str(workdir))
-    if kind == "lora_plus":
+    if kind == "longlora":
         _, base = load_hf(str(home / "base"))
         for part in ("self_attn", "mlp"):
             for name, leaves in base["layers"][part].items():
@@ -73,7 +73,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole_run, environment)
     """Catches: data, dropout, schedule or moments that start anew; steps that are reported twice or never."""
     kind, folder, config, whole, _, _ = whole_run
     workdir, moments = folder / "killed", random.Random(kind)
-    stops = sorted(moments.sample(range(4, STEPS - 8), 2 if kind == "lora_plus" else 1))
+    stops = sorted(moments.sample(range(4, STEPS - 8), 2 if kind == "longlora" else 1))
     for lines in stops:
         process = start(environment, config, workdir, "--config.optim.learning_rate=2e-3")
         kill_after(process, workdir / "metrics.jsonl", lines)
@@ -90,7 +90,7 @@ def test_a_fault_is_one_line_and_exit_code_2(fault, home, environment, tmp_path)
     """Catches: a traceback, a warning of some library before the line, a workdir that nothing is in."""
     (tmp_path / "latin1.txt").write_bytes("Zürich".encode("latin-1") * 100)
     flag = "--config.optim.lr=1" if fault == "a flag" else f"--config.data.path={tmp_path / 'latin1.txt'}"
-    process = start(environment, write_config(tmp_path, lora_plus(home)), tmp_path / "work", flag)
+    process = start(environment, write_config(tmp_path, longlora(home)), tmp_path / "work", flag)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert err.startswith("error: ") and err.count("\n") == 1
@@ -127,7 +127,7 @@ def text(content: bytes):
 
 FAULTS = {
     "group": ({"attention": AttentionConfig(group_size=12)}, None, "seq_len=32 is not a multiple of group_size=12"),
-    "mode": ({"mode": "LORA"}, None, "use one of lora_plus, lora, full"),
+    "mode": ({"mode": "LORA"}, None, "use one of longlora, lora, full"),
     "no model": ({"init_from": "", "model": None}, None, "set init_from to a model's folder"),
     "no base": ({"init_from": "{here}/nothing"}, None, "nothing is not a folder"),
     "truncated": ({"init_from": "{here}/base"}, truncate, "model.safetensors is damaged or cut off"),
@@ -162,7 +162,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, train, home, tmp_path, c
     changes, prepare, message = FAULTS[name]
     if prepare:
         prepare(home, tmp_path)
-    config = lora_plus(home, **{key: placed(value, here=tmp_path, home=home) for key, value in changes.items()})
+    config = longlora(home, **{key: placed(value, here=tmp_path, home=home) for key, value in changes.items()})
     with pytest.raises(SystemExit) as stop:
         train(config, tmp_path / "work")
     err = capsys.readouterr().err
@@ -180,7 +180,7 @@ def tree_digest(folder: Path) -> dict[str, str]:
 def test_the_loop_keeps_its_rhythm(train, fake, home, tmp_path, capsys):
     """Catches: an evaluation that is due between two logged steps, a last step that is not saved or logged, full
     attention that comes a step too early or is forgotten after a restart."""
-    config = lora_plus(home, steps=11, log_every=4, save_every=5, keep_checkpoints=9)
+    config = longlora(home, steps=11, log_every=4, save_every=5, keep_checkpoints=9)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=3))
     config = dataclasses.replace(config, attention=AttentionConfig(pattern="short", group_size=8, full_last=0.3))
     train(config, tmp_path / "work")
@@ -207,7 +207,7 @@ def test_packed_and_mixed_data_reach_the_step(train, fake, home, tmp_path, capsy
     for i in range(20):
         (tmp_path / "texts" / f"{i}.txt").write_text("quince " * (1 + i % 4))
     packed = DataConfig(path=str(tmp_path / "texts"), packing="best_fit", weight=3.0)
-    config = lora_plus(home, steps=6, save_every=2, keep_checkpoints=9, mixture=(packed,))
+    config = longlora(home, steps=6, save_every=2, keep_checkpoints=9, mixture=(packed,))
     train(config, tmp_path / "work")
     whole = fake.batches
     assert len(whole) == 6 and {"tokens", "positions", "loss_mask", "segment_ids"} == set(whole[0])
@@ -232,7 +232,7 @@ def test_packed_and_mixed_data_reach_the_step(train, fake, home, tmp_path, capsy
     assert "error: the saved position belongs to other data: data[1]" in capsys.readouterr().err
 
     fake.batches = []
-    train(lora_plus(home, steps=1), tmp_path / "joined")
+    train(longlora(home, steps=1), tmp_path / "joined")
     assert set(fake.batches[0]) == {"tokens", "positions", "loss_mask"}
 
 
@@ -240,7 +240,7 @@ def test_a_workdir_is_of_one_run(train, fake, home, tmp_path, capsys):
     """Catches: a run that goes on with another config or another base, and a workdir that such a try has changed."""
     copy_base(home, tmp_path)
     workdir = tmp_path / "work"
-    config = lora_plus(home, steps=2, init_from=str(tmp_path / "base"))
+    config = longlora(home, steps=2, init_from=str(tmp_path / "base"))
     train(config, workdir)
     before = tree_digest(workdir)
 
@@ -268,7 +268,7 @@ def test_a_workdir_is_of_one_run(train, fake, home, tmp_path, capsys):
 
 def test_a_state_lies_on_the_whole_mesh(script, home, tmp_path):
     """Catches: scalars that start on one device and come back on all of them, so that step 2 compiles anew or fails."""
-    config, _ = script.run.resolve(lora_plus(home, dtype="bfloat16"), str(tmp_path / "none"))
+    config, _ = script.run.resolve(longlora(home, dtype="bfloat16"), str(tmp_path / "none"))
     mesh = script.sharding.make_mesh(config.mesh)
     state, frozen = script.run.initial_state(config, script.run.build_model(config), mesh)
     for leaf in jax.tree.leaves((state, frozen)):

@@ -127,8 +127,8 @@ EXTENDED = {
 # base, mode, rope, LoraConfig
 OUT = {
     "lora": ("untied", "lora", "yarn", LoraConfig(rank=3)),
-    "lora_plus": ("untied", "lora_plus", "linear", LoraConfig(rank=3, alpha=7.5, dropout=0.05)),
-    "tied": ("tied", "lora_plus", "linear", LoraConfig(rank=2)),
+    "longlora": ("untied", "longlora", "linear", LoraConfig(rank=3, alpha=7.5, dropout=0.05)),
+    "tied": ("tied", "longlora", "linear", LoraConfig(rank=2)),
     "tied, lora alone": ("tied", "lora", "ntk", LoraConfig(rank=2)),
     "all targets": ("biases", "lora", "linear", LoraConfig(rank=5, targets=(*ATTENTION_TARGETS, *MLP_TARGETS))),
     "rslora": ("untied", "lora", "linear", LoraConfig(rank=4, rslora=True, targets=("v_proj", "down_proj"))),
@@ -205,7 +205,7 @@ def test_peft_loads_what_we_write(name, bases, tmp_path, monkeypatch):
 def test_what_an_adapter_says_of_itself(bases, tmp_path):
     """Catches: keys that old PEFT fails over, a base that only the writer's working directory finds, modules_to_save
     that PEFT has no weights for, a config.json that makes transformers load a bfloat16 base as float32."""
-    config, trained, _ = trained_model(bases["tied"], "lora_plus", "linear", OUT["tied"][3])
+    config, trained, _ = trained_model(bases["tied"], "longlora", "linear", OUT["tied"][3])
     for name in ("tokenizer.json", "generation_config.json"):
         (tmp_path / name).write_text("{}")
     base = os.path.relpath(bases["tied"])
@@ -243,7 +243,7 @@ def test_what_an_adapter_says_of_itself(bases, tmp_path):
 def test_saving_refuses_what_is_no_adapter(bases, tmp_path):
     """Catches: a whole tree of which the kernels would be dropped in silence, matrices that a target lacks."""
     lora = LoraConfig(rank=3)
-    config, trained, params = trained_model(bases["untied"], "lora_plus", "linear", lora)
+    config, trained, params = trained_model(bases["untied"], "longlora", "linear", lora)
     cases = [
         (params, lora, "unexpected layers/self_attn/q_proj/kernel, give what was trained alone"),
         (trained, LoraConfig(rank=3, targets=("q_proj", "up_proj")), "missing layers/mlp/up_proj/lora_a"),
