@@ -98,6 +98,15 @@ def test_groups_reach_cudnn_as_rows(cudnn):
     assert calls(gradients(Pattern("s2", 16)), *qkv(64, 4, 2, 64)) == sorted(expected)
 
 
+def test_an_odd_number_of_tokens_trains_by_cudnn(cudnn):
+    """Catches: JAX's refusal of odd lengths in training, met on a GPU with a row of 77 tokens; a query that is lost."""
+    forward, backward = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+    even = (2, 78, 4, 64)
+    assert calls(gradients(FULL), *qkv(77, 4, 2, 64)) == [(forward, even, 2), (backward, even, 2)]
+    shapes = jax.eval_shape(gradients(FULL), *qkv(77, 4, 2, 64))
+    assert [x.shape for x in shapes] == [(2, 77, 4, 64), (2, 77, 2, 64), (2, 77, 2, 64)]
+
+
 def test_what_cudnn_does_not_take_is_said_once(cudnn, caplog):
     """Catches: a slower kernel in silence, or one line a layer; packed rows that see each other."""
     segments = jnp.zeros((2, 64), jnp.int32)
