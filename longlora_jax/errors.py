@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import math
 import os
 import select
 import sys
@@ -46,6 +47,34 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         """Raises UserError."""
         raise UserError(f"{message} (see --help)")
+
+
+def number(kind: type, least: float, most: float = math.inf, *, above: bool = False, wanted: str = ""):
+    """The type of a flag, for argparse: an int or float (kind) from least (above: not least itself) to most.
+
+    wanted: what a fault asks for, if that is more than the bound that is broken.
+    """
+
+    def read(text: str):
+        value = kind(text)
+        bound = f"at most {most}" if value > most else f"{'above' if above else 'at least'} {least}"
+        if not least <= value <= most or value == math.inf or (above and value == least):  # NaN is below as well
+            raise argparse.ArgumentTypeError(f"{text} must be {wanted or bound}")
+        return value
+
+    read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse names it: invalid whole number value
+    return read
+
+
+def numbers(kind: type, least: float, most: float = math.inf):
+    """The type of a flag that takes several such numbers with commas between them."""
+    one = number(kind, least, most)
+
+    def read(text: str):
+        return [one(part) for part in text.split(",")]
+
+    read.__name__ = f"list of {one.__name__}s"
+    return read
 
 
 def run(main: Callable[[], None]) -> None:

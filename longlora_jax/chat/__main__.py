@@ -9,17 +9,7 @@ import threading
 from collections.abc import Sequence
 
 from longlora_jax import errors
-from longlora_jax.errors import UserError
-
-
-def _whole(least: int, most: int):
-    def read(text: str) -> int:
-        if not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be from {least} to {most}")
-        return int(text)
-
-    read.__name__ = "whole number"  # argparse names it: invalid whole number value
-    return read
+from longlora_jax.errors import UserError, number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,11 +23,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
     host_help = "where to listen: whoever reaches it can use the page (default: %(default)s, this machine alone)"
     add("--host", default="127.0.0.1", metavar="HOST", help=host_help)
-    add("--port", type=_whole(1, 65535), default=7860, metavar="N", help="(default: %(default)s)")
+    ports = number(int, 1, 65535, wanted="from 1 to 65535")
+    add("--port", type=ports, default=7860, metavar="N", help="(default: %(default)s)")
     new_help = "tokens of an answer at most, unless the page says otherwise (default: %(default)s)"
-    add("--max_new_tokens", type=_whole(1, 4096), default=256, metavar="N", help=new_help)
+    add("--max_new_tokens", type=number(int, 1, 4096), default=256, metavar="N", help=new_help)
     chunk_help = "tokens of the document computed at once: speed and memory only (default: %(default)s)"
-    add("--chunk", type=_whole(1, 2**20), default=512, metavar="N", help=chunk_help)
+    add("--chunk", type=number(int, 1, 2**20), default=512, metavar="N", help=chunk_help)
     dtype_help = "of weights, activations and cache (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
     return parser

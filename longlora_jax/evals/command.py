@@ -1,42 +1,14 @@
-"""What the commands of evaluations share: typed flags, and checks that cost nothing before hours are spent."""
+"""What the commands of evaluations share: checks that cost nothing before hours are spent."""
 
-import argparse
 import logging
-import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-def number(kind: type, least: float, *, above: bool = False, most: float = math.inf) -> Callable[[str], float]:
-    """The type of a flag, for argparse: an int or float from least (above: not least itself) to most."""
-
-    def read(text: str):
-        value = kind(text)
-        if not math.isfinite(value) or value < least or (above and value == least):
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {least}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"{text} must be at most {most}")
-        return value
-
-    read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse names it: invalid whole number value
-    return read
-
-
-def numbers(kind: type, least: float, *, most: float = math.inf) -> Callable[[str], list]:
-    """The type of a flag that takes several numbers with commas between them."""
-    one = number(kind, least, most=most)
-
-    def read(text: str):
-        return [one(part) for part in text.split(",")]
-
-    read.__name__ = f"list of {one.__name__}s"
-    return read
 
 
 def start_logging() -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from longlora_jax import errors
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat import render_chat
-from longlora_jax.errors import UserError
-from longlora_jax.evals.command import check_outputs, number, start_logging
+from longlora_jax.errors import UserError, number
+from longlora_jax.evals.command import check_outputs, start_logging
 from longlora_jax.files import write_json
 from longlora_jax.generate.generation import eos_ids, generate, load_for_generation
 from longlora_jax.model.decoder import Llama, output_kernel

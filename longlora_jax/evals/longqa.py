@@ -12,9 +12,9 @@ import numpy as np
 
 from longlora_jax import errors
 from longlora_jax.data.formats import Reading, Row, read_file_rows
-from longlora_jax.errors import UserError
+from longlora_jax.errors import UserError, number
 from longlora_jax.evals.answers import exact_match, f1
-from longlora_jax.evals.command import check_outputs, number, start_logging
+from longlora_jax.evals.command import check_outputs, start_logging
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import Reader
 from longlora_jax.evals.results import Results

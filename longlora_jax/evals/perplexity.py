@@ -12,8 +12,8 @@ from longlora_jax import errors
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.attention.rope import ROPE_TYPES
 from longlora_jax.data import Memmap, load_tokenizer, read_text
-from longlora_jax.errors import UserError
-from longlora_jax.evals.command import check_outputs, note_window, number, numbers, start_logging
+from longlora_jax.errors import UserError, number, numbers
+from longlora_jax.evals.command import check_outputs, note_window, start_logging
 from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.evals.results import Results, weights_of
 from longlora_jax.evals.scoring import (

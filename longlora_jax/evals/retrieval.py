@@ -16,8 +16,8 @@ import numpy as np
 
 from longlora_jax import errors
 from longlora_jax.data import read_text
-from longlora_jax.errors import UserError
-from longlora_jax.evals.command import check_outputs, note_window, number, numbers, start_logging
+from longlora_jax.errors import UserError, number, numbers
+from longlora_jax.evals.command import check_outputs, note_window, start_logging
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import TEMPLATES, TOKENS_AT_ONCE, Reader
 from longlora_jax.evals.results import Results
@@ -101,9 +101,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_depths(parser: argparse.ArgumentParser) -> None:
     """The flag of grids that hide something at a depth."""
     depths_help = "where it lies: 0 the beginning, 1 the end (default: 0,0.25,0.5,0.75,1)"
-    parser.add_argument(
-        "--depths", type=numbers(float, 0, most=1), default=DEPTHS, metavar="D[,D...]", help=depths_help
-    )
+    parser.add_argument("--depths", type=numbers(float, 0, 1), default=DEPTHS, metavar="D[,D...]", help=depths_help)
 
 
 def read_haystack(path: str) -> str:

@@ -15,7 +15,7 @@ from longlora_jax import errors
 from longlora_jax.config import ModelConfig
 from longlora_jax.data import Tokenizer, load_tokenizer, read_text
 from longlora_jax.data.stream import TextStream
-from longlora_jax.errors import UserError
+from longlora_jax.errors import UserError, number
 from longlora_jax.files import write_json
 from longlora_jax.generate.generation import common_prefix, eos_ids, load_for_generation, prompt_ids
 from longlora_jax.generate.session import SEEDS, Sampling, Session, complete
@@ -23,17 +23,6 @@ from longlora_jax.progress import progress_bar
 from longlora_jax.weights.load import open_model
 
 MOST = 10**9  # of what can be counted on the command line: two of them are an int32
-
-
-def _number(kind: type, least: float, most: float = MOST):
-    def read(text: str):
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and at most {most}")
-        return value
-
-    read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse names it: invalid whole number value
-    return read
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,23 +45,26 @@ def _parser() -> argparse.ArgumentParser:
         help="asked after the text, by the tokenizer's chat template if it has one; may be given several times",
     )
     new_help = "tokens to write at most (default: %(default)s)"
-    add("--max_new_tokens", type=_number(int, 1), default=256, metavar="N", help=new_help)
+    add("--max_new_tokens", type=number(int, 1, MOST), default=256, metavar="N", help=new_help)
     add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end before any of these texts")
     add("--json", metavar="FILE", help="where to write what was generated, and how fast")
     add = parser.add_argument_group("how tokens are drawn").add_argument
     temperature_help = "0 (default) takes the likeliest token, 1 draws as the model says, more is wilder"
-    add("--temperature", type=_number(float, 0), default=0.0, metavar="T", help=temperature_help)
-    add("--top_k", type=_number(int, 0), default=0, metavar="K", help="draw from the K likeliest (default: 0, all)")
+    add("--temperature", type=number(float, 0, MOST), default=0.0, metavar="T", help=temperature_help)
+    add(
+        "--top_k", type=number(int, 0, MOST), default=0, metavar="K", help="draw from the K likeliest (default: 0, all)"
+    )
     top_p_help = "draw from the likeliest that sum up to P (default: 1, all)"
-    add("--top_p", type=_number(float, 0), default=1.0, metavar="P", help=top_p_help)
-    add("--seed", type=_number(int, 0, SEEDS - 1), default=0, metavar="N", help="of the random numbers (default: 0)")
+    add("--top_p", type=number(float, 0, MOST), default=1.0, metavar="P", help=top_p_help)
+    seeds = number(int, 0, SEEDS - 1, wanted=f"at least 0 and at most {SEEDS - 1}")
+    add("--seed", type=seeds, default=0, metavar="N", help="of the random numbers (default: 0)")
     add = parser.add_argument_group("how the model runs").add_argument
     chunk_help = "tokens of the prompt computed at once: speed and memory only (default: %(default)s)"
-    add("--chunk", type=_number(int, 1), default=512, metavar="N", help=chunk_help)
+    add("--chunk", type=number(int, 1, MOST), default=512, metavar="N", help=chunk_help)
     window_help = "remember only the last M tokens, and take a text of any length (default: remember all)"
-    add("--window", type=_number(int, 1), default=0, metavar="M", help=window_help)
+    add("--window", type=number(int, 1, MOST), default=0, metavar="M", help=window_help)
     sinks_help = "with --window: and the first N tokens (default: 4)"
-    add("--sinks", type=_number(int, 0), metavar="N", help=sinks_help)
+    add("--sinks", type=number(int, 0, MOST), metavar="N", help=sinks_help)
     dtype_help = "of weights, activations and cache (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
     return parser
@@ -133,11 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = _read(session, prompts[0][:shared]) if shared else 0.0
     session.mark()
     answers = []
-    for number, ids in enumerate(prompts):
+    for i, ids in enumerate(prompts):
         session.rewind()
-        asked = {"question": args.question[number]} if args.question else {}
+        asked = {"question": args.question[i]} if args.question else {}
         if len(prompts) > 1:
-            print(f"> {args.question[number]}")
+            print(f"> {args.question[i]}")
         answer = _answer(session, ids[shared:], tokenizer, eos_ids(opened), args)
         answers.append(asked | {"prompt_tokens": len(ids)} | answer)
     if args.json:
