@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import logging
 import math
 import os
 import select
@@ -75,6 +76,12 @@ def numbers(kind: type, least: float, most: float = math.inf):
 
     read.__name__ = f"list of {one.__name__}s"
     return read
+
+
+def start_logging() -> None:
+    """Shows what the package has to say on standard error, and of others warnings alone."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("longlora_jax").setLevel(logging.INFO)
 
 
 def run(main: Callable[[], None]) -> None:

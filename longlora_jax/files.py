@@ -76,6 +76,12 @@ def write_text(path: str, text: str) -> None:
         raise
 
 
+def check_writable(path: str) -> None:
+    """Raises UserError if a file could not be written there."""
+    if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+        raise UserError(f"{path} cannot be written: give a file in an existing folder that you may write to")
+
+
 def check_new(folder: str) -> None:
     """Raises UserError if folder could not be created without touching something."""
     if not folder:

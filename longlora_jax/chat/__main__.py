@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import logging
 import socket
 import sys
 import threading
@@ -46,8 +45,7 @@ def _check_port(host: str, port: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; argv without the program's name, None for the process's own."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("longlora_jax").setLevel(logging.INFO)
+    errors.start_logging()
     args = _parser().parse_args(argv)
     _check_port(args.host, args.port)
     if importlib.util.find_spec("gradio") is None:

@@ -1,28 +1,20 @@
 """What the commands of evaluations share: checks that cost nothing before hours are spent."""
 
 import logging
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
+from longlora_jax.files import check_writable
 
 log = logging.getLogger(__name__)
-
-
-def start_logging() -> None:
-    """Shows what the package has to say on standard error, and of others warnings alone."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("longlora_jax").setLevel(logging.INFO)
 
 
 def check_outputs(json: str | None, plot: str | None) -> None:
     """Raises UserError if a file of results or a picture could not be written."""
     for path in filter(None, (json, plot)):
-        folder = Path(path).absolute().parent
-        if Path(path).is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"{path} cannot be written: give a file in an existing folder that you may write to")
+        check_writable(path)
     if plot and Path(plot).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {plot} must end in .png, .svg or .pdf")
 

@@ -18,7 +18,7 @@ from longlora_jax import errors
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat import render_chat
 from longlora_jax.errors import UserError, number
-from longlora_jax.evals.command import check_outputs, start_logging
+from longlora_jax.evals.command import check_outputs
 from longlora_jax.files import write_json
 from longlora_jax.generate.generation import eos_ids, generate, load_for_generation
 from longlora_jax.model.decoder import Llama, output_kernel
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype_help = "of weights, activations and cache (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
     args = parser.parse_args(argv)
-    start_logging()
+    errors.start_logging()
     check_outputs(args.json, None)
     model = LongLoraLM(args.model, dtype=args.dtype, batch_size=args.batch_size, max_length=args.max_length)
     manager = TaskManager(include_path=args.include_path)

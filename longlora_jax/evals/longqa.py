@@ -14,7 +14,7 @@ from longlora_jax import errors
 from longlora_jax.data.formats import Reading, Row, read_file_rows
 from longlora_jax.errors import UserError, number
 from longlora_jax.evals.answers import exact_match, f1
-from longlora_jax.evals.command import check_outputs, start_logging
+from longlora_jax.evals.command import check_outputs
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import Reader
 from longlora_jax.evals.results import Results
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--max_new_tokens", type=number(int, 1), default=64, metavar="N", help="of an answer (default: %(default)s)")
     add("--limit", type=number(int, 1), metavar="N", help="ask the first N rows that fit (default: all)")
     args = parser.parse_args(argv)
-    start_logging()
+    errors.start_logging()
     check_outputs(args.json, args.plot)
     rows = _read(args.data)
     reader = Reader(args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size)

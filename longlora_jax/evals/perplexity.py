@@ -13,7 +13,7 @@ from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.attention.rope import ROPE_TYPES
 from longlora_jax.data import Memmap, load_tokenizer, read_text
 from longlora_jax.errors import UserError, number, numbers
-from longlora_jax.evals.command import check_outputs, note_window, start_logging
+from longlora_jax.evals.command import check_outputs, note_window
 from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.evals.results import Results, weights_of
 from longlora_jax.evals.scoring import (
@@ -113,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; argv without the program's name, None for the process's own."""
-    start_logging()
+    errors.start_logging()
     args = _parser().parse_args(argv)
     _check(args)
     texts = {path: read_text(path) for path in args.data if not path.endswith(".bin")}

@@ -17,7 +17,7 @@ import numpy as np
 from longlora_jax import errors
 from longlora_jax.data import read_text
 from longlora_jax.errors import UserError, number, numbers
-from longlora_jax.evals.command import check_outputs, note_window, start_logging
+from longlora_jax.evals.command import check_outputs, note_window
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import TEMPLATES, TOKENS_AT_ONCE, Reader
 from longlora_jax.evals.results import Results
@@ -116,7 +116,7 @@ def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | Non
 
     Prints a table, writes args.json and draws args.plot. Raises UserError.
     """
-    start_logging()
+    errors.start_logging()
     check_outputs(args.json, args.plot)
     reader = Reader(args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size)
     head = {"task": task.name, "model": args.model, "weights": reader.weights, "dtype": args.dtype}

@@ -1,12 +1,9 @@
 """Continues a text, or answers questions about one: python -m longlora_jax.generate --model DIR --prompt_file FILE."""
 
 import argparse
-import logging
-import os
 import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ from longlora_jax.config import ModelConfig
 from longlora_jax.data import Tokenizer, load_tokenizer, read_text
 from longlora_jax.data.stream import TextStream
 from longlora_jax.errors import UserError, number
-from longlora_jax.files import write_json
+from longlora_jax.files import check_writable, write_json
 from longlora_jax.generate.generation import common_prefix, eos_ids, load_for_generation, prompt_ids
 from longlora_jax.generate.session import SEEDS, Sampling, Session, complete
 from longlora_jax.progress import progress_bar
@@ -80,9 +77,7 @@ def _check(args: argparse.Namespace) -> str:
         if re.search("[\ud800-\udfff]", "".join(given)):  # what Python makes of bytes that are none
             raise UserError(f"{name} is not UTF-8: write it again, or save a text as UTF-8 and give --prompt_file")
     if args.json:
-        folder = Path(args.json).absolute().parent
-        if Path(args.json).is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"{args.json} cannot be written: give a file in a folder that you may write to")
+        check_writable(args.json)
     text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
     if not text.strip():
         raise UserError(f"{args.prompt_file or '--prompt'} is empty: give a text")
@@ -105,8 +100,7 @@ def _check_window(config: ModelConfig, tokens: int, args: argparse.Namespace) ->
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; argv without the program's name, None for the process's own."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("longlora_jax").setLevel(logging.INFO)
+    errors.start_logging()
     args = _parser().parse_args(argv)
     text = _check(args)
     args.sinks = (4 if args.sinks is None else args.sinks) if args.window else 0
