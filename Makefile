@@ -4,13 +4,16 @@ PY = .venv/bin/python
 # Large pages make XLA's buffers on a CPU a third cheaper to touch; glibc alone reads this, elsewhere it does nothing.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test lint bench
+.PHONY: quickstart test test-all lint bench
 
 quickstart: .venv/run  ## extend a small LLaMA 8 times, export it, and show what that brought (minutes)
 	$(PY) -m longlora_jax.quickstart
 
-test: .venv/test  ## the test suite
-	$(PY) -m pytest -m "not slow and not gpu and not tpu"
+test: .venv/test  ## the test suite, on all cores
+	$(PY) -m pytest -n auto -m "not slow and not gpu and not tpu"
+
+test-all: .venv/test  ## everything that this machine can run, the slow tests too
+	$(PY) -m pytest -n auto -m "not gpu and not tpu"
 
 lint: .venv/test  ## format, lint and types
 	.venv/bin/ruff format --check .

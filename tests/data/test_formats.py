@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_rows_and_says_where_each_stands(tmp_path):
         "a.jsonl": text.encode(),
         "crlf.jsonl": b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode(),
         "no_end.ndjson": text.rstrip().encode(),
-        "a.jsonl.gz": gzip.compress(text.encode()),
+        "a.jsonl.gz": gzip.compress(text.encode(), mtime=0),
         "two.jsonl.gz": gzip.compress(lines(GOOD[:1]).encode()) + gzip.compress(lines(GOOD[1:]).encode()),
         "a.jsonl.zst": zstandard.compress(text.encode()),
         "two.jsonl.zst": zstandard.compress(lines(GOOD[:1]).encode()) + zstandard.compress(lines(GOOD[1:]).encode()),
@@ -94,7 +94,7 @@ def test_a_long_array_is_read_piece_by_piece(tmp_path, monkeypatch):
         ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON (it is nested too deeply)"),
         ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}\n", "line 1: not JSON (Exceeds the limit"),
         ("a.jsonl", os.urandom(4) + b"\x80\x00\x01" * 99, "line 1: not"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-9], "a.jsonl.gz: damaged (Compressed file ended"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-9], "a.jsonl.gz: damaged (Compressed file ended"),
         ("a.jsonl.gz", b'{"a": 1}\n', "damaged (Not a gzipped file"),
         ("a.jsonl.zst", zstandard.compress(b'{"a": 1}\n' * 999)[:-3], "damaged (it ends in the middle of its data)"),
         ("a.jsonl.zst", b'{"a": 1}\n' * 99, "a.jsonl.zst: damaged ("),
@@ -209,7 +209,7 @@ def test_zstd_is_an_extra(tmp_path, monkeypatch):
 
 
 SEEDS = [lines(GOOD).encode(), json.dumps(GOOD, indent=1, ensure_ascii=False).encode()]
-SEEDS += [gzip.compress(SEEDS[0]), zstandard.compress(SEEDS[0])]
+SEEDS += [gzip.compress(SEEDS[0], mtime=0), zstandard.compress(SEEDS[0])]
 
 
 @settings(max_examples=150)
