@@ -66,7 +66,9 @@ class LoraConfig:
 class RopeConfig:
     """How positions are made to fit a window longer than the model's own (see rope.extend_rope)."""
 
-    type: str = "linear"  # linear | dynamic | ntk | yarn | llama3 | longrope | keep (leave the model's rope alone)
+    # auto (the model's own kind, linear for one that was never scaled) | linear | dynamic | ntk | yarn | llama3 |
+    # longrope | keep (leave the model's rope alone, and let positions run on)
+    type: str = "auto"
     factor: float = 0.0  # 0: ceil(seq_len / the model's original window)
 
 
@@ -201,7 +203,7 @@ CHOICES = {
     "remat": ("block", "attention", "offload", "none", "auto"),
     "attention.pattern": PATTERNS,
     "optim.schedule": ("constant", "cosine", "linear"),
-    "rope.type": (*ROPE_TYPES, "keep"),
+    "rope.type": ("auto", *ROPE_TYPES, "keep"),
 }
 DATA_CHOICES = {
     "source": ("text", "python", "jsonl", "parquet", "hf", "tokens", "arrayrecord"),

@@ -147,11 +147,13 @@ def extend_rope(
 ) -> RopeScaling | None:
     """The scaling that carries a model to seq_len tokens, always from its original window.
 
-    scaling and max_position_embeddings: the model's as it is. factor: ceil(seq_len / original)
-    unless given; without it, a model whose window already holds seq_len keeps what it has (None if
-    it was never scaled). fields: more fields of RopeScaling; a model of the same kind keeps its
-    own, llama3 starts from Meta's. Raises UserError. arXiv:2309.12307; its code divides by the
-    window that is already scaled: 4096 x8 extended to 65,536 gives 2 there and 16 here.
+    scaling and max_position_embeddings: the model's as it is. rope_type: one of ROPE_TYPES, or "auto": the kind that
+    the model has, linear (the paper's) for one that was never scaled. factor: ceil(seq_len / original) unless given
+    (llama3: the factor that the model has, times seq_len / window: Meta's 8 covers 16 windows); without it, a model
+    whose window already holds seq_len keeps what it has (None if it was never scaled). fields: more fields of
+    RopeScaling; a model of the same kind keeps its own, llama3 starts from Meta's. A kind that takes the place of
+    another is logged. Raises UserError. arXiv:2309.12307; its code divides by the window that is already scaled: 4096
+    x8 extended to 65,536 gives 2 there and 16 here.
     """
     original = window = max_position_embeddings
     if scaling is not None:
@@ -159,17 +161,29 @@ def extend_rope(
         window = max(window, int(original * scaling.factor))
     if factor is None and seq_len <= window:
         return scaling
-    if scaling is not None and scaling.rope_type == rope_type:
-        fields = {name: getattr(scaling, name) for name in _KEPT.get(rope_type, ())} | fields
-    elif rope_type == "llama3":
+    own = scaling.rope_type if scaling is not None else None
+    kind = (own or "linear") if rope_type == "auto" else rope_type
+    if own == kind == "longrope" and not {"short_factor", "long_factor"} <= set(fields):
+        raise UserError(
+            f"the model's longrope has factors that were searched for its window of {window:,}, none for {seq_len:,}: "
+            "set rope.type to yarn or linear, or keep"
+        )
+    if factor is None:
+        factor = float(math.ceil(seq_len / original))
+        if scaling is not None and own == kind == "llama3":
+            factor = float(math.ceil(scaling.factor * seq_len / window))
+    if own == kind:
+        fields = {name: getattr(scaling, name) for name in _KEPT.get(kind, ())} | fields
+    elif kind == "llama3":
         fields = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | fields
-    extended = RopeScaling(
-        rope_type=rope_type,
-        factor=float(math.ceil(seq_len / original)) if factor is None else factor,
-        original_max_position_embeddings=original,
-        **fields,
-    )
+    extended = RopeScaling(rope_type=kind, factor=factor, original_max_position_embeddings=original, **fields)
     extended.validate()
+    if scaling is not None and own != kind:
+        _log.warning(
+            "rope: the model's %s x%g becomes %s x%g over its original window of %s: every position moves; "
+            "rope.type=auto extends its own kind",
+            *(own, scaling.factor, kind, factor, f"{original:,}"),
+        )
     return extended
 
 

@@ -124,9 +124,10 @@ def check_same_shape(given: ModelConfig, base: ModelConfig, path: str) -> None:
 
 
 def extend_model(model: ModelConfig, config: Config) -> ModelConfig:
-    """The model with its rope made fit for the training window."""
+    """The model with its rope made fit for the training window, which becomes its own if it is longer."""
+    window = max(config.seq_len, model.max_position_embeddings)
     if config.rope.type == "keep":
-        return model
+        return dataclasses.replace(model, max_position_embeddings=window)
     scaling = extend_rope(
         scaling=model.rope_scaling,
         max_position_embeddings=model.max_position_embeddings,
@@ -134,7 +135,6 @@ def extend_model(model: ModelConfig, config: Config) -> ModelConfig:
         rope_type=config.rope.type,
         factor=config.rope.factor or None,
     )
-    window = max(config.seq_len, model.max_position_embeddings)
     return dataclasses.replace(model, rope_scaling=scaling, max_position_embeddings=window)
 
 

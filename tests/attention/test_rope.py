@@ -1,5 +1,6 @@
 """rope.py against transformers: frequencies, rotation, config forms, re-extension, bad input."""
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_config
 from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -26,7 +28,9 @@ from longlora_jax.attention.rope import (
     rope_to_hf,
     window_from_hf,
 )
+from longlora_jax.config import Config, RopeConfig
 from longlora_jax.errors import UserError
+from longlora_jax.training import run
 
 # Both sides round a handful of f32 operations (6e-8 each) in their own order.
 RTOL = 1e-6
@@ -268,6 +272,47 @@ def test_extension_keeps_the_fields_of_the_same_kind_alone():
     assert extended(old, 16_384, 65_536, "ntk").beta_fast is None
     llama3 = extended(None, 8192, 65_536, "llama3")
     assert (llama3.low_freq_factor, llama3.high_freq_factor) == (1.0, 4.0)
+
+
+META = RopeScaling(
+    rope_type="llama3", factor=8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
+)
+
+
+def test_auto_extends_the_kind_that_a_model_has(caplog):
+    """Catches: linear x32 laid over Llama 3.1's own scaling or over YaRN without a word, where the fastest pairs then
+    turn 32 times slower; a factor of llama3 that forgets that Meta's 8 covers 16 windows."""
+    assert extended(META, 131_072, 262_144, "auto") == dataclasses.replace(META, factor=16.0)
+    assert extended(META, 131_072, 262_144, "llama3").factor == 16.0
+    yarn = extended(None, 8192, 32_768, "yarn", beta_fast=24.0)
+    again = extended(yarn, 32_768, 65_536, "auto")
+    assert (again.rope_type, again.factor, again.beta_fast) == ("yarn", 8.0, 24.0)
+    assert extended(None, 4096, 32_768, "auto") == extended(None, 4096, 32_768, "linear")
+    assert extended(META, 131_072, 65_536, "auto") == META
+    assert not caplog.records
+    fastest = rope_frequencies(head_dim=128, theta=5e5, scaling=META, seq_len=1)[0][0]
+    longer = extended(META, 131_072, 262_144, "auto")
+    assert rope_frequencies(head_dim=128, theta=5e5, scaling=longer, seq_len=1)[0][0] == fastest
+
+
+def test_a_kind_that_replaces_another_is_said(caplog):
+    """Catches: a scaling that is lost in silence."""
+    assert extended(META, 131_072, 262_144, "linear").factor == 32.0
+    assert "llama3 x8 becomes linear x32" in caplog.text and len(caplog.records) == 1
+    longrope = RopeScaling(
+        rope_type="longrope", factor=4.0, original_max_position_embeddings=64, short_factor=(1.0,), long_factor=(2.0,)
+    )
+    with pytest.raises(UserError, match="longrope has factors that were searched for its window of 256, none for 512"):
+        extended(longrope, 256, 512, "auto")
+
+
+def test_kept_rope_has_the_window_that_is_trained():
+    """Catches: rope.type=keep that leaves the old window in config.json, so that generation refuses what was trained."""
+    model = tiny_config(max_position_embeddings=16)
+    config = Config(seq_len=32, steps=1, rope=RopeConfig(type="keep"))
+    kept = run.extend_model(model, config)
+    assert (kept.max_position_embeddings, kept.rope_scaling) == (32, None)
+    assert run.extend_model(kept, dataclasses.replace(config, seq_len=8)) == kept
 
 
 @pytest.mark.parametrize("kind", ROPE_TYPES)
