@@ -22,6 +22,22 @@ def one_line(text: str, limit: int) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_pointer(path: str) -> None:
+    """Raises UserError if the file is a Git LFS pointer: a few lines that stand for a file still to be fetched."""
+    try:
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError:  # said by who reads it
+        return
+    if is_pointer:
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder, or fetch it again"
+        )
+
+
 def parse_json(content: bytes) -> Any:
     """json.loads of UTF-8; raises ValueError also if an object has a key twice, or if it is nested too deeply."""
     try:
@@ -45,6 +61,7 @@ def read_json(path: str) -> dict[str, Any]:
         raise UserError(f"{path} is missing")
     if not os.path.isfile(path) or os.path.getsize(path) > JSON_LIMIT:
         raise UserError(f"{path} is no JSON file of at most {JSON_LIMIT} bytes, fetch it again")
+    refuse_pointer(path)
     try:
         with open(path, "rb") as file:
             content = parse_json(file.read())

@@ -22,6 +22,7 @@ import jinja2.nodes
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 
+from longlora_jax.data.tokenizer_files import special_texts
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line, read_json
 
@@ -32,12 +33,11 @@ STEP_LIMIT = 2**26  # characters or items that one step may make
 BITS_LIMIT = 10_000  # of a whole number
 WIDTH_LIMIT = 1000  # blanks that a format or an indent may ask for
 TEMPLATE_LIMIT = 1_000_000  # bytes
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 # What a template in training takes for today, or its data would change overnight: the day that Llama 3's falls back to.
 FIXED_DAY = datetime(2024, 7, 26)
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content (a text), and what else a template may have a place for
 
 
 class TemplateFault(ValueError):
@@ -52,10 +52,8 @@ class ChatTemplate:
     """A chat template; render() gives the text of a conversation.
 
     special: what the template may call bos_token, eos_token and so on. today: the day that it is told; None: the
-    clock's. Raises UserError if it is not Jinja.
+    clock's. What it writes has the BOS that it is to have. Raises UserError if it is not Jinja.
     """
-
-    writes_bos = True  # where the text is to have it
 
     def __init__(self, source: str, special: dict[str, str], today: datetime | None = None):
         environment = _Environment(
@@ -66,7 +64,7 @@ class ChatTemplate:
             "strftime_now": lambda form: (today or datetime.now()).strftime(form),
             "namespace": _Namespace,
         }
-        self._special = special
+        self.source, self._special = source, special
         try:
             with _time_limit():
                 self._template = environment.from_string(source)
@@ -74,11 +72,12 @@ class ChatTemplate:
             raise UserError(f"the chat template is not one that Jinja reads: {one_line(str(error), 200)}") from error
 
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False, **variables: Any) -> str:
-        """The text of messages {role, content}; with add_generation_prompt up to where the next answer begins.
+        """The text of messages {role, content, ...}; with add_generation_prompt up to where the next answer begins.
 
-        variables: what else the template reads. Raises TemplateFault if it refuses, fails, or passes the limits.
+        variables: what else the template reads, such as tools. Raises TemplateFault if it refuses, fails, or passes the
+        limits.
         """
-        limit = RENDER_EXTRA + RENDER_FACTOR * sum(len(m["content"]) for m in messages)
+        limit = RENDER_EXTRA + RENDER_FACTOR * (sum(map(_size, messages)) + _size(variables))
         given: dict[str, Any] = {**self._special, "messages": [dict(m) for m in messages], "tools": None}
         given |= {"documents": None, "add_generation_prompt": add_generation_prompt, **variables}
         pieces, length = [], 0
@@ -96,28 +95,49 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def load_chat_template(folder: str, today: datetime | None = None) -> ChatTemplate:
-    """The chat template in a tokenizer's folder: chat_template.jinja, or else that of tokenizer_config.json.
+def template_source(folder: str) -> str:
+    """The chat template in a tokenizer's folder: chat_template.jinja, or else that of tokenizer_config.json; "": none.
 
-    today: see ChatTemplate. Raises UserError if there is none.
+    Raises UserError if it is too long.
     """
     config_path, jinja_path = Path(folder, "tokenizer_config.json"), Path(folder, "chat_template.jinja")
-    config = read_json(str(config_path)) if config_path.exists() else {}
-    source = config.get("chat_template")
     if jinja_path.is_file():
         with jinja_path.open("rb") as file:
             source = file.read(TEMPLATE_LIMIT + 1).decode("utf-8", errors="replace")
+    else:
+        source = read_json(str(config_path)).get("chat_template") if config_path.exists() else ""
     if isinstance(source, list):  # several by name, for tools or retrieval beside plain chats
         source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
-    if not isinstance(source, str) or not source:
+    if not isinstance(source, str):
+        return ""
+    if len(source) > TEMPLATE_LIMIT:
+        raise UserError(f"the chat template in {folder} is longer than {TEMPLATE_LIMIT:,} characters: fetch it again")
+    return source
+
+
+def load_chat_template(folder: str, today: datetime | None = None) -> ChatTemplate:
+    """The chat template of template_source(folder), told the folder's special tokens.
+
+    today: see ChatTemplate. Raises UserError if there is none.
+    """
+    if not (source := template_source(folder)):
         raise UserError(
             f"the tokenizer in {folder} has no chat template: set data.prompt=alpaca, "
             "or put the model's chat_template.jinja beside it"
         )
-    if len(source) > TEMPLATE_LIMIT:
-        raise UserError(f"the chat template in {folder} is longer than {TEMPLATE_LIMIT:,} characters: fetch it again")
-    contents = {name: t.get("content") if isinstance(t := config.get(name), dict) else t for name in SPECIAL}
-    return ChatTemplate(source, {name: t for name, t in contents.items() if isinstance(t, str)}, today)
+    return ChatTemplate(source, special_tokens(folder), today)
+
+
+def special_tokens(folder: str) -> dict[str, str]:
+    """What a template of a tokenizer's folder may call bos_token, eos_token and so on."""
+    return {f"{role}_token": text for role, text in special_texts(folder).items()}
+
+
+def _size(value: Any) -> int:
+    """Characters of the texts in a message, or in what else a template is given."""
+    if isinstance(value, dict | list | tuple):
+        return sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str) else 0
 
 
 class _CodeGenerator(jinja2.compiler.CodeGenerator):

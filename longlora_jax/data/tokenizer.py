@@ -1,21 +1,19 @@
 """Text to token ids and back, as the model's own tokenizer does; transformers is rarely needed."""
 
-import contextlib
-import hashlib
-import json
+import functools
 import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import tokenizers
 
+from longlora_jax.data.sentencepiece_model import SentencePieceModel
 from longlora_jax.data.source import Document
+from longlora_jax.data.tokenizer_files import build_tokenizer, in_one_line
 from longlora_jax.errors import UserError
-from longlora_jax.files import one_line, read_json
 
 log = logging.getLogger(__name__)
 
@@ -26,34 +24,38 @@ CHARACTERS_AHEAD = 2**25  # texts read before their turn: beside a long one, the
 class Tokenizer:
     """A model's tokenizer: encode, decode, and its special ids, None where it has none.
 
-    fingerprint: SHA-256 of what decides the ids of a text.
+    backend: a tokenizers.Tokenizer, or a SentencePieceModel. vocab_size: how many tokens it has; max_id: the largest
+    id among them. fingerprint: SHA-256 of what decides the ids of a text.
     """
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: tokenizers.Tokenizer | SentencePieceModel,
         *,
         bos_id: int | None,
         eos_id: int | None,
         pad_id: int | None,
         fingerprint: str = "",
     ):
-        # A saved tokenizer.json may carry the cut and the padding of the run that saved it.
-        backend.no_truncation()
-        backend.no_padding()
         self._backend = backend
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.fingerprint = fingerprint
 
+    @functools.cached_property
+    def max_id(self) -> int:
+        """The largest id that it can give, -1 if it has no tokens."""
+        if isinstance(self._backend, SentencePieceModel):
+            return self._backend.largest_id()
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids [tokens] int32 of a text, with BOS where this tokenizer adds one."""
-        with _in_one_line("the tokenizer fails at a text"):
-            return np.array(self._backend.encode(text).ids, np.int32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str], *, add_bos: bool = True) -> list[np.ndarray]:
         """Returns encode(text) of every text, computed on all cores; without add_bos, no special token is added."""
-        with _in_one_line("the tokenizer fails at a text"):
+        with in_one_line("the tokenizer fails at a text"):
             encoded = self._backend.encode_batch_fast(texts, add_special_tokens=add_bos)
         return [np.array(e.ids, np.int32) for e in encoded]
 
@@ -61,42 +63,24 @@ class Tokenizer:
         """Returns the texts of the tokens that stand for no text: BOS, EOS, ends of turns and so on."""
         return [t.content for t in self._backend.get_added_tokens_decoder().values() if t.special]
 
+    def added_tokens(self) -> dict[str, int]:
+        """Returns the tokens that are found before a text is split, special or not, and their ids."""
+        return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of ids; special tokens are spelled out unless they are skipped."""
         return self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)
 
 
 def load_tokenizer(folder: str) -> Tokenizer:
-    """Loads the tokenizer of a model folder: tokenizer.json, or else what transformers can read.
+    """Loads the tokenizer of a model folder out of all of its files: see tokenizer_files.
 
-    tokenizer.json alone says whether BOS is added: transformers 5, too, ignores add_bos_token of
-    tokenizer_config.json beside it. Raises UserError if there is no tokenizer that can be read.
+    Beside a tokenizer.json that alone says whether BOS is added: transformers 5, too, ignores add_bos_token of
+    tokenizer_config.json there. Raises UserError if there is no tokenizer that can be read.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"the folder {folder!r} does not exist: name a folder with a tokenizer.")
-    if not (path / "tokenizer.json").is_file():
-        return _load_with_transformers(folder)
-    with _in_one_line(f"{path / 'tokenizer.json'} cannot be read"):
-        content = (path / "tokenizer.json").read_bytes()
-        backend = tokenizers.Tokenizer.from_buffer(content)
-    config = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        config |= read_json(str(path / name)) if (path / name).is_file() else {}
-    ids = {}
-    for role in ("bos", "eos", "pad"):
-        token = config.get(f"{role}_token")
-        token = token.get("content", token) if isinstance(token, dict) else token
-        if not isinstance(token, str | None):
-            raise UserError(f"the tokenizer in {path}: {role}_token is no text: mend tokenizer_config.json.")
-        ids[role] = backend.token_to_id(token or "")
-    return Tokenizer(
-        backend,
-        bos_id=ids["bos"],
-        eos_id=ids["eos"],
-        pad_id=ids["pad"],
-        fingerprint=hashlib.sha256(content).hexdigest(),
-    )
+    backend, roles, fingerprint = build_tokenizer(folder)
+    ids = {f"{role}_id": backend.token_to_id(roles.get(role, "")) for role in ("bos", "eos", "pad")}
+    return Tokenizer(backend, **ids, fingerprint=fingerprint)
 
 
 def end_of(tokenizer: Tokenizer) -> int:
@@ -173,36 +157,3 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
             texts, size = [], 0
     if texts:
         yield texts
-
-
-def _load_with_transformers(folder: str) -> Tokenizer:
-    try:
-        from transformers import AutoTokenizer  # seconds to import: only where nothing else will do
-
-        auto = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        backend = auto.backend_tokenizer
-    except Exception as error:  # missing packages and files that are no tokenizer, of many classes
-        raise UserError(
-            f"{folder} has no tokenizer.json and transformers finds no other tokenizer there: "
-            "copy tokenizer.json and tokenizer_config.json of the model into it."
-        ) from error
-    log.info("%s has no tokenizer.json: read by transformers' %s", folder, type(auto).__name__)
-    vocab = json.dumps(sorted(backend.get_vocab(with_added_tokens=True).items()))
-    return Tokenizer(
-        backend,
-        bos_id=auto.bos_token_id,
-        eos_id=auto.eos_token_id,
-        pad_id=auto.pad_token_id,
-        fingerprint=hashlib.sha256(vocab.encode()).hexdigest(),
-    )
-
-
-@contextlib.contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
-    """Makes UserError of what the tokenizers library raises: bare Exception, and panics, which are none."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{what} ({one_line(str(error), 200)}): copy the tokenizer again.") from error

@@ -139,7 +139,7 @@ def test_where_a_template_is_found(tmp_path):
     config = {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert load_chat_template(str(tmp_path)).render([]) == "d"
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "d{{ bos_token }}", "bos_token": {}}')
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "d{{ bos_token }}", "bos_token": null}')
     assert load_chat_template(str(tmp_path)).render([]) == "d"
     (tmp_path / "chat_template.jinja").write_text("file")
     assert load_chat_template(str(tmp_path)).render([]) == "file"
