@@ -47,11 +47,11 @@ class SentencePieceModel:
         self._goes_on = self._begins
         if spaced and not legacy:
             self._goes_on = sentencepiece.SentencePieceProcessor(model_proto=content + _NO_PREFIX)
-        pieces = range(self._begins.vocab_size())
+        self._pieces = [self._begins.id_to_piece(i) for i in range(self._begins.vocab_size())]
         # Rows that other files name differently are theirs.
         self._added = {
-            i: AddedToken(self._begins.id_to_piece(i), special=True, normalized=False)
-            for i in pieces
+            i: AddedToken(piece, special=True, normalized=False)
+            for i, piece in enumerate(self._pieces)
             if self._begins.is_control(i) or self._begins.is_unknown(i)
         } | dict(added)
         self._before, self._after = list(before), list(after)
@@ -86,8 +86,8 @@ class SentencePieceModel:
         for i in ids:
             if (token := self._added.get(i)) is not None:
                 texts += [] if token.special and skip_special_tokens else [token.content]
-            elif 0 <= i < self._begins.vocab_size():
-                texts.append(self._begins.id_to_piece(i))
+            elif 0 <= i < len(self._pieces):
+                texts.append(self._pieces[i])
         return self._decoder.decode(texts)
 
     def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
@@ -104,12 +104,11 @@ class SentencePieceModel:
 
     def get_vocab_size(self, with_added_tokens: bool = True) -> int:
         """How many tokens there are."""
-        pieces = self._begins.vocab_size()
-        return pieces + sum(i >= pieces for i in self._added) * with_added_tokens
+        return len(self._pieces) + sum(i >= len(self._pieces) for i in self._added) * with_added_tokens
 
     def largest_id(self) -> int:
         """The largest id of a token."""
-        return max(self._begins.vocab_size() - 1, *self._added)
+        return max([len(self._pieces) - 1, *self._added])
 
 
 def special_pieces(content: bytes) -> dict[str, str]:
