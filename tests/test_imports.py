@@ -18,17 +18,19 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "files": (),
     "progress": (),
     "attention": ("patterns", "rope", "kernels", "attend", "context_parallel"),
+    "data_config": (),
     "config": (),
+    "config_file": (),
     "presets": (),
     "model": ("losses", "lora", "trainable", "on_mesh", "linear", "cache", "decoder"),
     "data": None,
     "weights": (
-        *("checksums", "hub", "tensors", "torch_files", "hf_config", "rules", "hf", "peft_files", "peft"),
+        *("checksums", "hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "hf", "peft_files", "peft"),
         *("gguf_tokenizer", "gguf", "converted", "load"),
     ),
     "parallel": ("rendezvous", "sharding", "distributed"),
     "generate": ("session", "generation", "__main__"),
-    "resilience": ("watchdog", "health", "checkpoints", "versions"),
+    "resilience": ("lock", "watchdog", "health", "checkpoints", "versions"),
     "training": ("optim", "metrics", "step", "run"),
     "plan": ("chips", "collectives", "costs", "planner", "__main__"),
     "evals": None,
@@ -39,7 +41,7 @@ ORDER: dict[str, tuple[str, ...] | None] = {
 WINGS = tuple(ORDER)
 WITHOUT_JAX = {
     *("data", "files", "progress"),
-    *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_config", "rules", "hf")),
+    *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "hf")),
     *(f"weights/{name}" for name in ("checksums", "peft_files", "peft", "gguf_tokenizer", "gguf")),
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))

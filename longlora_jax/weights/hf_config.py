@@ -5,10 +5,11 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from longlora_jax.attention.rope import RopeScaling, rope_from_hf, rope_to_hf, window_from_hf
+from longlora_jax.attention.rope import RopeScaling
 from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line, read_json
+from longlora_jax.weights.hf_rope import rope_from_hf, rope_to_hf, window_from_hf
 
 _SHOWN_FAULTS = 8
 _SHOWN_CHARACTERS = 1600  # of them all

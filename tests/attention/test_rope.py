@@ -23,14 +23,12 @@ from longlora_jax.attention.rope import (
     apply_rope,
     extend_rope,
     rope_frequencies,
-    rope_from_hf,
     rope_tables,
-    rope_to_hf,
-    window_from_hf,
 )
 from longlora_jax.config import Config, RopeConfig
 from longlora_jax.errors import UserError
 from longlora_jax.training import run
+from longlora_jax.weights.hf_rope import rope_from_hf, rope_to_hf, window_from_hf
 
 # Both sides round a handful of f32 operations (6e-8 each) in their own order.
 RTOL = 1e-6
@@ -228,6 +226,8 @@ def test_factor_of_longrope_and_yarn_may_be_the_ratio_of_windows():
         (16_384, 4.0, None, 4096, 16_384),  # deepseek-coder
         (4096, 4.0, None, 4096, 16_384),  # vicuna-7b-v1.5-16k: the original window is stated
         (4096, 8.0, None, 4096, 32_768),  # what LongLoRA's own code leaves in config.json
+        (8192, 4.0, None, 8192, 32_768),  # a Llama 3 whose window was left
+        (2048, 4.0, None, 2048, 8192),
         (100_000, 25.0, 4096, 4096, 100_000),  # ours: 100000 / 25 is no window
         (2048, 8.0, 256, 256, 2048),  # ours, small
     ],
@@ -242,6 +242,34 @@ def test_original_window_of_linear_scaling(window, factor, named, original, now,
     assert scaling.original_max_position_embeddings == original
     assert bool(caplog.records) == (named is None)
     assert window_from_hf(keys) == now
+
+
+@pytest.mark.parametrize(
+    ("stated", "factor", "original", "now"),
+    [
+        (32_768, 16.0, 8192, 131_072),  # the factor says more than max_position_embeddings
+        (8192, 16.0, 8192, 131_072),
+        (131_072, 16.0, 8192, 131_072),
+        (160_000, 16.0, 8192, 160_000),
+        (32_768, 4.0, None, 131_072),  # Qwen's habit
+    ],
+)
+def test_window_of_yarn(stated, factor, original, now):
+    """Catches: generation refused within the window that YaRN was trained for; ours is never larger than we say."""
+    given = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    keys = {"max_position_embeddings": stated, "rope_scaling": given}
+    assert window_from_hf(keys) == now
+    theta, scaling = rope_from_hf(keys)
+    for window in (now, 6000):
+        assert window_from_hf(rope_to_hf(theta, scaling, 64, window)) == window
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama3_states_its_window(factor):
+    """Catches: Llama 3.2 (x32 from 8,192, 131,072 tokens) read as 262,144."""
+    given = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    given |= {"original_max_position_embeddings": 8192}
+    assert window_from_hf({"max_position_embeddings": 131_072, "rope_scaling": given}) == 131_072
 
 
 def test_extension_starts_from_the_original_window():
