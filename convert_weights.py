@@ -26,7 +26,7 @@ def to_hf(args: argparse.Namespace) -> None:
     from longlora_jax.weights import hf, load
 
     model = load.open_model(args.model, args.dtype, check=True)
-    hf.write_hf(args.hf_dir, model.config, model.table, tokenizer_from=model.tokenizer_dir)
+    hf.write_hf(args.hf_dir, model.config, model.table, tokenizer_from=model.tokenizer_dir, chat=model.chat_format())
 
 
 def to_peft(args: argparse.Namespace) -> None:
@@ -34,6 +34,7 @@ def to_peft(args: argparse.Namespace) -> None:
     from longlora_jax.weights import converted, load, peft
 
     run, trained = load.open_adapters(args.workdir)
+    chat = load.workdir_format(args.workdir)
     if not args.base and converted.is_converted(run.init_from):
         raise errors.UserError(
             f"{args.workdir} started from the converted checkpoint {run.init_from}, which PEFT cannot load: name the "
@@ -41,7 +42,7 @@ def to_peft(args: argparse.Namespace) -> None:
         )
     base, tokenizer = args.base or run.init_from, run.data.tokenizer or run.init_from
     assert run.model is not None  # a run is saved resolved
-    peft.save_peft(args.peft_dir, run.model, run.lora, trained, base=base, tokenizer_from=tokenizer)
+    peft.save_peft(args.peft_dir, run.model, run.lora, trained, base=base, tokenizer_from=tokenizer, chat=chat)
 
 
 def from_peft(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import tokenizers
 
 from longlora_jax import errors
+from longlora_jax.config_file import read_config
 from longlora_jax.data import InMemory, batches, pack
 from longlora_jax.data.prepare import Job, prepare
 from longlora_jax.data.prepared import Prepared
@@ -93,7 +94,7 @@ def measure_loader(source: str, path: str, tokenizer: str, steps: int) -> dict:
     start_seconds: until the first batch is there. waiting: the share of a loop's time that it stood in next(), after a
     step was started and before its loss was asked for, as train.py does: the most that a step can have waited.
     """
-    config, _ = run.resolve(run.read_config(str(ROOT / "configs" / "quickstart.py")), "")
+    config, _ = run.resolve(read_config(str(ROOT / "configs" / "quickstart.py")), "")
     step = _quickstart_step(config)
     batch_tokens = config.batch_size * config.seq_len
     rows = []

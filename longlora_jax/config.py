@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from longlora_jax.attention.patterns import GROUPED, PATTERNS
 from longlora_jax.attention.rope import ROPE_TYPES, RopeScaling
+from longlora_jax.data_config import DataConfig, data_faults
 from longlora_jax.errors import UserError
 from longlora_jax.fields import type_faults
 
@@ -90,32 +91,6 @@ class AttentionConfig:
 
 
 @dataclass
-class DataConfig:
-    """Where documents come from and how they become windows (see longlora_jax.data)."""
-
-    source: str = "text"  # text | python | jsonl | parquet | hf | tokens | arrayrecord
-    # A file, folder or glob; python: "" is the running interpreter's library; hf: also a name of the hub;
-    # tokens: ids as raw uint16 or uint32; arrayrecord: what longlora_jax.data.prepare has written.
-    path: str = ""
-    split: str = "train"  # hf only
-    text_key: str = "text"  # jsonl, parquet and hf: where the text is in a row
-    streaming: bool = False  # hf only: read rows as they are needed, download no whole data set first
-    tokenizer: str = ""  # a folder with tokenizer files; "": that of init_from
-    add_bos: bool = True  # begin documents with BOS where the tokenizer adds one; a chat template alone says for chats
-    hold_out: tuple[str, ...] = ()  # files by name that are never read
-    only: tuple[str, ...] = ()  # read these files alone
-    max_tokens: int = 0  # stop reading after so many tokens; 0: read all
-    on_bad_row: str = "stop"  # stop | skip (and count): a row that cannot be read or has no text
-    task: str = "text"  # text: every token is a target | sft: rows are instructions or chats, answers are the targets
-    prompt: str = "chat"  # sft: chat (the tokenizer's own template) | alpaca (LongLoRA's Llama-2 prompt)
-    # concat: documents joined and cut (the paper's) | best_fit: whole documents, as many as fit, each a segment of its
-    # own | long: windows out of one long document each
-    packing: str = "concat"
-    min_tokens: int = 0  # long: shorter documents are left out; 0: those shorter than a window
-    weight: float = 1.0  # the share of rows that come from here is weight / sum of weights (Config.mixture)
-
-
-@dataclass
 class OptimConfig:
     """AdamW as the paper runs it."""
 
@@ -129,6 +104,7 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decay_norms: bool = False  # weight decay on the scales of norms and on biases too
     clip_norm: float = 1.0  # 0: no clipping
 
 
@@ -163,6 +139,9 @@ class Config:
     batch_size: int = 1  # rows of an update, over all devices and accumulation steps
     accumulation: int = 1  # an update is computed in so many parts
     init_from: str = ""  # a Hugging Face folder or a converted checkpoint; "": random weights of `model`
+    # The workdir of an earlier run: its trained weights and moments begin a new run, with this config's steps, schedule
+    # and data. init_from may stay empty: it is the earlier run's.
+    continue_from: str = ""
     model: ModelConfig | None = None  # None: read from init_from
     mode: str = "longlora"  # longlora | lora | full
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -190,6 +169,8 @@ class Config:
     wandb: str = ""  # also report to this project of Weights & Biases (pip install wandb); "": do not
     save_every: int = 100
     keep_checkpoints: int = 2
+    keep_best: bool = False  # save after each evaluation that has the lowest eval/loss so far, and keep that step
+    early_stop: int = 0  # end after so many evaluations in a row without a lower eval/loss; 0: never
     max_bad_steps: int = 10  # a step whose loss or gradient is not finite is skipped; so many in a row end the run
     seed: int = 0
 
@@ -204,13 +185,6 @@ CHOICES = {
     "attention.pattern": PATTERNS,
     "optim.schedule": ("constant", "cosine", "linear"),
     "rope.type": ("auto", *ROPE_TYPES, "keep"),
-}
-DATA_CHOICES = {
-    "source": ("text", "python", "jsonl", "parquet", "hf", "tokens", "arrayrecord"),
-    "task": ("text", "sft"),
-    "prompt": ("chat", "alpaca"),
-    "packing": ("concat", "best_fit", "long"),
-    "on_bad_row": ("stop", "skip"),
 }
 POSITIVE = (
     *("seq_len", "steps", "batch_size", "accumulation", "loss_chunk", "chunks"),
@@ -237,13 +211,18 @@ def validate(config: Config) -> None:
         faults.append(f"mode={config.mode!r} adapts a base model: set init_from to its folder, or mode to full")
     for name, data in data_parts(config).items():
         if isinstance(data, DataConfig):
-            faults += _data_faults(name, data, config.seq_len)
+            faults += data_faults(name, data, config.seq_len)
             if not data.path and data.source != "python" and (config.eval.every or name != "eval.data"):
                 faults.append(f"{name}.path is empty: name a file, a folder or a glob, or what its source needs")
         else:
             faults.append(f"{name} is a {type(data).__name__}: give a DataConfig")
+    faults += _part_faults(config)
     if config.workers < 0:
         faults.append(f"workers={config.workers} must be 0 (none) or more")
+    if config.early_stop < 0:
+        faults.append(f"early_stop={config.early_stop} counts evaluations: give 0 (never) or more")
+    if not config.eval.every and (config.keep_best or config.early_stop):
+        faults.append("keep_best and early_stop go by eval/loss: set eval.every and eval.data")
     if config.eval.every < 0 or config.eval.max_windows < 1:
         faults.append("eval.every must be 0 (never) or more, eval.max_windows 1 or more")
     if config.accumulation > 0 and config.batch_size % config.accumulation:
@@ -279,34 +258,52 @@ def _rate_faults(optim: OptimConfig, mode: str) -> list[str]:
     return faults
 
 
+def with_held_out_eval(config: Config) -> Config:
+    """The config with eval.data on the part of `data` that its hold_out_share keeps from training, unless it names
+    other data: where it names none, and where it names the same without a share of its own.
+    """
+    data, ours = config.data, config.eval.data
+    if not data.hold_out_share or not config.eval.every:
+        return config
+    if not ours.path and ours.source != "python":
+        ours = dataclasses.replace(data, max_tokens=0)
+    elif _same_rows(data, ours) and not ours.hold_out_share:
+        ours = dataclasses.replace(ours, hold_out_share=data.hold_out_share)
+    return dataclasses.replace(config, eval=dataclasses.replace(config.eval, data=ours))
+
+
+def _same_rows(one: DataConfig, other: DataConfig) -> bool:
+    return (one.source, one.path, one.split) == (other.source, other.path, other.split)
+
+
+def name_of(data: DataConfig, config: Config) -> str:
+    """What a DataConfig is called in its config."""
+    return next((name for name, part in data_parts(config).items() if part is data), "data")
+
+
 def data_parts(config: Config) -> dict[str, DataConfig]:
     """Every DataConfig of a run by its name in the config."""
     more = {f"mixture[{i}]": data for i, data in enumerate(config.mixture)}
     return {"data": config.data, **more, "eval.data": config.eval.data}
 
 
-def _data_faults(name: str, data: DataConfig, seq_len: int) -> list[str]:
-    faults = []
-    for field_name, choices in DATA_CHOICES.items():
-        value = getattr(data, field_name)
-        if value not in choices:
-            faults.append(f"{name}.{field_name}={value!r} is unknown: use one of {', '.join(choices)}")
-    if data.max_tokens < 0:
-        faults.append(f"{name}.max_tokens={data.max_tokens} must be 0 (read all) or more")
-    if not 0 < data.weight < math.inf:  # NaN fails as well
-        faults.append(f"{name}.weight={data.weight} is no share: give a number above 0, or leave the data out")
-    if data.min_tokens and (data.packing != "long" or data.min_tokens < seq_len):
-        faults.append(
-            f"{name}.min_tokens={data.min_tokens} has no effect: it is for packing='long', and a window out of one "
-            f"document needs seq_len={seq_len} tokens anyway; give more, or 0"
-        )
-    if data.task == "sft" and data.packing != "best_fit":
-        faults.append(
-            f"{name}.packing={data.packing!r} would cut answers: set it to best_fit for {name}.task='sft', "
-            "which packs whole examples"
-        )
-    if data.task == "sft" and data.source not in ("jsonl", "parquet", "hf"):
-        faults.append(f"{name}.source={data.source!r} has no rows of instructions: use one of jsonl, parquet, hf")
+def _part_faults(config: Config) -> list[str]:
+    """What the data of a run may not have between them: two prompts, or rows that train and evaluate."""
+    faults, parts = [], {name: part for name, part in data_parts(config).items() if isinstance(part, DataConfig)}
+    if not config.eval.every:
+        parts.pop("eval.data", None)
+    prompts = {name: part.prompt for name, part in parts.items() if part.task == "sft"}
+    if len(set(prompts.values())) > 1:
+        given = ", ".join(f"{name}.prompt={prompt}" for name, prompt in prompts.items())
+        faults.append(f"{given}: a model is asked under one prompt, set the same everywhere")
+    if (ours := parts.get("eval.data")) is None or not ours.hold_out_share:
+        return faults
+    for name, part in parts.items():
+        if part is not ours and _same_rows(part, ours) and part.hold_out_share != ours.hold_out_share:
+            faults.append(
+                f"{name}.hold_out_share={part.hold_out_share} and eval.data.hold_out_share={ours.hold_out_share} are "
+                "of the same rows: set the same, or rows that are trained on would be evaluated"
+            )
     return faults
 
 

@@ -25,7 +25,7 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "model": ("losses", "lora", "trainable", "on_mesh", "linear", "cache", "decoder"),
     "data": None,
     "weights": (
-        *("checksums", "hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "hf", "peft_files", "peft"),
+        *("checksums", "hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "habits", "hf", "peft_files", "peft"),
         *("gguf_tokenizer", "gguf", "converted", "load"),
     ),
     "parallel": ("rendezvous", "sharding", "distributed"),

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from longlora_jax.chat.document import Document
-from longlora_jax.data.chat import has_chat_template, render_chat
 from longlora_jax.data.stream import TextStream
 from longlora_jax.data.tokenizer import Tokenizer
 from longlora_jax.errors import UserError
-from longlora_jax.generate.generation import common_prefix, eos_ids, load_for_generation
+from longlora_jax.generate.generation import common_prefix, load_for_generation
 from longlora_jax.generate.session import GREEDY, Sampling, Session
 from longlora_jax.weights.load import OpenModel
 
@@ -42,9 +41,8 @@ class Reader:
 
     def __init__(self, opened: OpenModel, tokenizer: Tokenizer, dtype: str = "float32", *, chunk: int = 512):
         self.window = opened.config.max_position_embeddings
-        self.tokenizer, self.ends = tokenizer, eos_ids(opened)
-        self._folder, self._vocab_size = opened.tokenizer_dir, opened.config.vocab_size
-        self._has_template = has_chat_template(self._folder)
+        self.tokenizer, self.chat = tokenizer, opened.chat_format()
+        self._vocab_size = opened.config.vocab_size
         self._model, self._params = load_for_generation(opened, dtype)
         self._chunk, self._capacity = chunk, 0
         self._lock = threading.Lock()  # a page that was closed may still be reading when the next one begins
@@ -53,10 +51,9 @@ class Reader:
         self._marked: list[int] = []  # what it can be rewound to
 
     def encode(self, messages: Sequence[Message]) -> np.ndarray:
-        """The ids [tokens] of a conversation that the model is to go on with, by its chat template if it has one."""
-        if self._has_template:
-            text = render_chat(self._folder, list(messages), add_generation_prompt=True)
-            ids = self.tokenizer.encode_batch([text], add_bos=False)[0]
+        """The ids [tokens] of a conversation that the model is to go on with, as it was trained to be asked."""
+        if self.chat:
+            ids = self.chat.ids(messages, self.tokenizer)
         else:
             ends = {"user": "\n", "assistant": "\n\n"}
             ids = self.tokenizer.encode("".join(m["content"] + ends[m["role"]] for m in messages))
@@ -231,14 +228,16 @@ class Conversation:
         yield turn
 
     def _write(self, turn: Turn, tokens: Iterator[int], stop: threading.Event) -> Iterator[Turn]:
-        text, started = TextStream(self.reader.tokenizer), time.perf_counter()
+        chat = self.reader.chat
+        text, started = TextStream(self.reader.tokenizer, chat.stops), time.perf_counter()
         for token in tokens:
             turn.new_tokens += 1
             turn.seconds = time.perf_counter() - started
-            if token in self.reader.ends:
+            if token not in chat.end_ids:
+                text.push(token)
+            if token in chat.end_ids or text.stopped:
                 turn.ended = "eos"
                 break
-            text.push(token)
             turn.answer = text.text
             yield turn
             if stop.is_set():

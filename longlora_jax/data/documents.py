@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from longlora_jax.config import DataConfig
+from longlora_jax.data.chat import load_prompt
 from longlora_jax.data.formats import Reading
 from longlora_jax.data.prepared import Prepared, encoding_of
-from longlora_jax.data.sft import load_prompt, read_examples
-from longlora_jax.data.source import Corpus, check_path, find_files
+from longlora_jax.data.sft import read_examples
+from longlora_jax.data.source import Corpus, Share, check_path, find_files
 from longlora_jax.data.tokenizer import Tokenizer, end_of, tokenize_documents
 from longlora_jax.errors import UserError
 from longlora_jax.progress import progress_bar
@@ -144,9 +145,11 @@ class Head:
         return {**self._documents.identity(), "head_tokens": int(self.lengths.sum())}
 
 
-def open_documents(data: DataConfig, tokenizer: Tokenizer) -> Documents:
+def open_documents(data: DataConfig, tokenizer: Tokenizer, *, window: int = 0, held_out: bool = False) -> Documents:
     """The documents of a config: opened where they are tokens already, else read and tokenized into memory.
 
+    window: tokens of the longest example of instructions that there is room for (data.too_long says what becomes of
+    others); 0: any. held_out: read data.hold_out_share of the rows, which others leave out.
     Raises UserError for what cannot be read, and for documents of another tokenizer.
     """
     if data.source in ("tokens", "arrayrecord"):
@@ -159,12 +162,18 @@ def open_documents(data: DataConfig, tokenizer: Tokenizer) -> Documents:
             documents = Prepared(data.path, tokenizer=tokenizer, add_bos=data.add_bos)
         return Head(documents, data.max_tokens) if data.max_tokens else documents
     corpus = Corpus(
-        data.source, data.path, hold_out=data.hold_out, only=data.only, split=data.split, streaming=data.streaming
+        data.source,
+        data.path,
+        hold_out=data.hold_out,
+        only=data.only,
+        split=data.split,
+        streaming=data.streaming,
+        share=Share(data.hold_out_share, held_out) if data.hold_out_share else None,
     )
     reading = Reading(data.on_bad_row)
     if data.task == "sft":
-        prompt = load_prompt(data.prompt, data.tokenizer)
-        examples = read_examples(corpus.rows(reading), reading, tokenizer, prompt, add_bos=data.add_bos)
+        template = load_prompt(data.prompt, data.tokenizer, tokenizer, add_bos=data.add_bos)
+        examples = read_examples(corpus.rows(reading), reading, tokenizer, template, data, window=window)
         examples = _first_examples(examples, data.max_tokens)
         documents = InMemory(_with_progress(examples, corpus, reading), None)
     else:

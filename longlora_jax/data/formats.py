@@ -1,8 +1,9 @@
-"""Rows and texts out of files: JSON Lines, JSON, Parquet and plain text, as they are or packed by gzip or zstd.
+"""Rows and texts out of files: JSON Lines, JSON, CSV, Parquet and plain text, as they are or packed by gzip or zstd.
 
 Files are read as they are needed, and no row or text of more than ROW_LIMIT bytes is held.
 """
 
+import csv
 import io
 import json
 import logging
@@ -83,7 +84,8 @@ def read_text_file(path: str | os.PathLike[str], reading: Reading) -> str | None
 
 
 def read_file_rows(path: str | os.PathLike[str], reading: Reading, columns: list[str] | None = None) -> Iterator[Row]:
-    """Yields the rows of one file: Parquet, a JSON array or JSON Lines, by its name and its first character.
+    """Yields the rows of one file: Parquet, CSV (.csv, .tsv: the first line names columns), a JSON array, JSON with the
+    rows under "data", or JSON Lines, by its name and how it begins.
 
     columns: all that is wanted of a Parquet file; None: everything.
     """
@@ -93,8 +95,13 @@ def read_file_rows(path: str | os.PathLike[str], reading: Reading, columns: list
         return
     try:
         with open_bytes(name, reading.at()) as stream:
-            if unpacked_name(name).endswith(".json") and stream.peek(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+            plain, begins = unpacked_name(name), stream.peek(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n")[:CHUNK]
+            if plain.endswith((".csv", ".tsv")):
+                yield from _csv_rows(stream, name, reading, "," if plain.endswith(".csv") else "\t")
+            elif plain.endswith(".json") and begins[:1] == b"[":
                 yield from _array_rows(stream, name, reading)
+            elif plain.endswith(".json") and _is_one_object(begins):
+                yield from _array_rows(stream, name, reading, wrapped=True)
             else:
                 yield from _line_rows(stream, name, reading)
     except Damaged as error:
@@ -139,11 +146,38 @@ def _line_rows(stream: io.BufferedReader, name: str, reading: Reading) -> Iterat
                 yield row
 
 
-def _array_rows(stream: io.BufferedReader, name: str, reading: Reading) -> Iterator[Row]:
+def _is_one_object(begins: bytes) -> bool:
+    """Whether a .json file is one object, and not an object a line: by how it begins."""
+    line = begins.split(b"\n", 1)[0].strip()
+    # A line that is a whole object is a row of JSON Lines, unless it is one around rows.
+    around = re.match(rb'\{\s*("\w+"\s*:\s*("[^"\\]*"|[\w.+-]+)\s*,\s*)*"data"\s*:\s*\[\s*[\[{\]]', begins)
+    return begins[:1] == b"{" and (around is not None or line in (b"{", b"{}"))
+
+
+def _csv_rows(stream: io.BufferedReader, name: str, reading: Reading, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(ROW_LIMIT)
+    table = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in table:
+            where = f"{name}, line {table.line_num}"
+            if None in row or None in row.values():
+                reading.bad(where, f"another number of columns than the first line's {len(table.fieldnames or ())}")
+                continue
+            yield Row(where, row)
+    except UnicodeDecodeError as error:
+        reading.bad(f"{name}, after line {table.line_num}", f"{_not_utf8(error)}, the rest of the file cannot be read")
+    except csv.Error as error:
+        fault = f"not CSV ({one_line(str(error), 200)}), the rest of the file cannot be read"
+        reading.bad(f"{name}, line {table.line_num}", fault)
+
+
+def _array_rows(stream: io.BufferedReader, name: str, reading: Reading, wrapped: bool = False) -> Iterator[Row]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     window = _Window(text)
     number = 0
     try:
+        if wrapped:
+            _go_to_data(window)
         window.take("[")
         while not (window.next() == "]" and not number):
             number += 1
@@ -156,13 +190,40 @@ def _array_rows(stream: io.BufferedReader, name: str, reading: Reading) -> Itera
                 break
             window.take(",")
         window.take("]")
+        while wrapped and window.next() == ",":  # what else the object says is not of rows
+            window.take(",")
+            _take_key(window)
+            window.next()
+            window.value()
+        if wrapped:
+            window.take("}")
         if window.next():
-            raise ValueError("text after the end of the array")
+            raise ValueError("text after the end of the " + ("object" if wrapped else "array"))
     except UnicodeDecodeError as error:
         reading.bad(f"{name}, after line {window.line}", f"{_not_utf8(error)}, the rest of the file cannot be read")
     except ValueError as error:
         fault = f"not JSON ({one_line(str(error), 200)}), the rest of the file cannot be read"
         reading.bad(f"{name}, line {window.line}", fault)
+
+
+def _go_to_data(window: "_Window") -> None:
+    """Goes over the beginning of an object, up to the value of "data". Raises ValueError if it has none."""
+    window.take("{")
+    while window.next() == '"' and _take_key(window) != "data":
+        window.next()
+        window.value()
+        if window.next() != ",":
+            break
+        window.take(",")
+    if window.next() != "[":
+        raise ValueError('one object, without rows under "data": give a list of rows, or a row a line')
+
+
+def _take_key(window: "_Window") -> Any:
+    window.next()
+    key, _ = window.value()
+    window.take(":")
+    return key
 
 
 class _Window:

@@ -1,5 +1,7 @@
-"""Documents: text files, Python sources, rows of JSON or Parquet, or a Hugging Face dataset."""
+"""Documents: text files, Python sources, rows of JSON, CSV or Parquet, or a Hugging Face dataset."""
 
+import hashlib
+import json
 import logging
 import os
 import sysconfig
@@ -17,8 +19,13 @@ from longlora_jax.files import one_line
 
 log = logging.getLogger(__name__)
 
-SOURCES = ("python", "text", "hf", "jsonl", "parquet")
-SUFFIXES = {"text": (".txt",), "jsonl": (".jsonl", ".json", ".ndjson"), "parquet": (".parquet",)}
+SOURCES = ("python", "text", "hf", "jsonl", "csv", "parquet")
+SUFFIXES = {
+    "text": (".txt",),
+    "jsonl": (".jsonl", ".json", ".ndjson"),
+    "csv": (".csv", ".tsv"),
+    "parquet": (".parquet",),
+}
 
 # Never trained on by the shipped tiny model: long modules that every Python version has.
 HELD_OUT = ("argparse.py", "difflib.py", "inspect.py", "mailbox.py", "subprocess.py", "tarfile.py")
@@ -38,17 +45,32 @@ class Document:
     text: str
 
 
+@dataclass(frozen=True)
+class Share:
+    """A share of the rows or texts (0 to 1) by a hash of each: those in it (held_out), or all the others."""
+
+    share: float
+    held_out: bool
+
+    def has(self, value: Any) -> bool:
+        """Whether a row or text is read; equal ones are read together, whatever stands around them."""
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+        return (int.from_bytes(digest[:8], "big") < self.share * 2**64) == self.held_out
+
+
 class Corpus:
     """A source that was found: its files, or the rows of a dataset, and what they hold.
 
     source, path: "python" and a folder ("" is the running interpreter's standard library); "text", "jsonl" (JSON Lines
-      or JSON arrays) or "parquet" and a file, a folder (the files of that kind in it, at any depth) or a glob, all but
-      Parquet also as .gz and .zst; "hf" and the name of a dataset (`name:config` where it has several), a folder of
-      data files or a folder written by `save_to_disk`.
+      or JSON arrays), "csv" or "parquet" and a file, a folder (the files of that kind in it, at any depth) or a glob,
+      all but Parquet also as .gz and .zst; "hf" and the name of a dataset (`name:config` where it has several), a
+      folder of data files or a folder written by `save_to_disk`.
     hold_out: files never read, wherever they lie: a file name or a relative path. A held-out
       module takes its tests with it: `argparse.py` also `test_argparse.py` and `test_argparse/`.
     only: nothing but these relative paths: how a held-out set is read.
-    split, streaming: of an "hf" dataset; streaming reads rows as they are needed.
+    split, streaming: of an "hf" dataset; streaming reads rows as they are needed. share: which rows or texts are read;
+      None: all.
     files: what is read, in order; size: their bytes, or the rows of a dataset, None where nobody knows.
     Raises UserError for a missing folder, file or dataset.
     """
@@ -62,12 +84,13 @@ class Corpus:
         only: tuple[str, ...] = (),
         split: str = "train",
         streaming: bool = False,
+        share: Share | None = None,
     ):
         if source not in SOURCES:
             raise UserError(f"data source {source!r} is not known: use one of {', '.join(SOURCES)}.")
         if source != "python":
             check_path(source, path)
-        self.source, self.path, self.split = source, path, split
+        self.source, self.path, self.split, self._share = source, path, split, share
         self.files: list[Path] = []
         self.size: int | None = None
         self.dataset: Any = None
@@ -83,7 +106,13 @@ class Corpus:
         self.size = sum(file.stat().st_size for file in self.files)
 
     def rows(self, reading: Reading, columns: list[str] | None = None) -> Iterator[Row]:
-        """Yields the rows of JSON, Parquet or a dataset; columns: all that is wanted of Parquet."""
+        """Yields the rows of JSON, CSV, Parquet or a dataset; columns: all that is wanted of Parquet."""
+        columns = None if self._share else columns  # a row's hash is that of all of it
+        for row in self._all_rows(reading, columns):
+            if self._share is None or self._share.has(row.value):
+                yield row
+
+    def _all_rows(self, reading: Reading, columns: list[str] | None) -> Iterator[Row]:
         if self.source == "hf":
             yield from _dataset_rows(self.dataset, f"{self.path}/{self.split}", reading)
         for file in self.files:
@@ -117,10 +146,12 @@ class Corpus:
             return
         for name, file in zip(self._names, self.files, strict=True):
             if self.source == "text":
-                yield name, read_text_file(file, reading)
+                text = read_text_file(file, reading)
             else:
                 reading.position += file.stat().st_size
-                yield name, read_python(file)
+                text = read_python(file)
+            if text is not None and (self._share is None or self._share.has(text)):
+                yield name, text
 
 
 def read_documents(
@@ -255,19 +286,38 @@ def _open_dataset(path: str, split: str, streaming: bool) -> Any:
     except ImportError as error:
         raise UserError("source 'hf' needs the package datasets: pip install datasets.") from error
     try:
-        if (Path(path) / "dataset_dict.json").is_file():
-            rows: Any = datasets.load_from_disk(path)[split]
-        elif (Path(path) / "state.json").is_file():
-            rows = datasets.load_from_disk(path)
+        if any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            rows: Any = _part_of(datasets.load_from_disk(path), path, split)
         else:
             name, _, config = (path, "", "") if Path(path).exists() else path.partition(":")
             return datasets.load_dataset(name, config or None, split=split, streaming=streaming)
         return rows.to_iterable_dataset() if streaming else rows
+    except UserError:
+        raise
     except Exception as error:  # hub, network, parser and split faults have no common base class
         raise UserError(
             f"the dataset {path!r}, split {split!r}, cannot be read: {_first_line(error)}; "
             "name a dataset that can be reached, or a local folder."
         ) from error
+
+
+def _part_of(saved: Any, path: str, split: str) -> Any:
+    """The rows of a split ("train[:4]", "train+test") of what save_to_disk has written."""
+    import datasets
+
+    if not isinstance(saved, dict):
+        # A dataset that was never part of several has no name of its own: it is called by the default.
+        saved = {str(saved.split) if saved.split else "train": saved}
+    sizes = {name: len(rows) for name, rows in saved.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except Exception as error:  # of names, of slices and of their syntax
+        raise UserError(
+            f"the dataset {path!r} has no split {split!r}, it has {', '.join(sizes)} (of which train[:4] is a part): "
+            "set split to one of them"
+        ) from error
+    found = [saved[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return found[0] if len(found) == 1 else datasets.concatenate_datasets(found)
 
 
 def _dataset_rows(rows: Any, name: str, reading: Reading) -> Iterator[Row]:

@@ -16,11 +16,12 @@ import numpy as np
 
 from longlora_jax import errors
 from longlora_jax.data import load_tokenizer
-from longlora_jax.data.chat import render_chat
+from longlora_jax.data.chat import ends_with_any, stop_ids
 from longlora_jax.errors import UserError, number
 from longlora_jax.evals.command import check_outputs
+from longlora_jax.evals.reader import before_any
 from longlora_jax.files import write_json
-from longlora_jax.generate.generation import eos_ids, generate, load_for_generation
+from longlora_jax.generate.generation import generate, load_for_generation
 from longlora_jax.model.decoder import Llama, output_kernel
 from longlora_jax.progress import progress_bar
 from longlora_jax.weights.load import open_model
@@ -66,6 +67,7 @@ class LongLoraLM(TemplateLM):
         self._opened = open_model(model)
         self._folder = self._opened.tokenizer_dir
         self._tokenizer = load_tokenizer(self._folder)
+        self._format = self._opened.chat_format()
         self._rows = 8 if batch_size in (None, "auto") else int(batch_size)
         self.max_length = int(max_length or self._opened.config.max_position_embeddings)
         self._dtype = dtype
@@ -75,7 +77,7 @@ class LongLoraLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The id that ends a text."""
-        return self._one_of(self._tokenizer.eos_id, *eos_ids(self._opened))
+        return self._one_of(self._tokenizer.eos_id, *self._format.end_ids)
 
     @property
     def prefix_token_id(self) -> int:
@@ -99,8 +101,8 @@ class LongLoraLM(TemplateLM):
         return self._tokenizer.encode_batch([string], add_bos=add_bos)[0].tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of messages under the tokenizer's chat template."""
-        return render_chat(self._folder, chat_history, add_generation_prompt)
+        """The text of messages under the model's template: what its run trained under, or its tokenizer's."""
+        return self._format.render(chat_history, add_generation_prompt=add_generation_prompt)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows of max_length that do not overlap."""
@@ -137,6 +139,8 @@ class LongLoraLM(TemplateLM):
         until = [until] if isinstance(until, str) else until
         if limit >= self.max_length:
             raise UserError(f"the task writes {limit} tokens, the window has {self.max_length}: raise --max_length")
+        ends = stop_ids(until, self._tokenizer)
+        until = [*until, *self._format.stops]
         prompts = [np.array(self.tok_encode(text)[limit - self.max_length :], np.int32) for text in texts]
 
         def decode(tokens: Sequence[int]) -> str:
@@ -149,10 +153,10 @@ class LongLoraLM(TemplateLM):
             temperature=float(how.get("temperature") or 0.0),
             top_k=int(how.get("top_k") or 0),
             top_p=float(how.get("top_p") or 1.0),
-            eos_ids=eos_ids(self._opened),
-            stop=lambda row, tokens: any(stop in decode(tokens) for stop in until),
+            eos_ids=self._format.end_ids,
+            stop=lambda row, tokens: ends_with_any(tokens, ends) or any(stop in decode(tokens) for stop in until),
         )
-        return [_before_any(decode(tokens), until) for tokens in found]
+        return [before_any(decode(tokens), until) for tokens in found]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
         """(sum of the log-likelihoods of a continuation, whether each of its tokens is the likeliest) of requests."""
@@ -208,10 +212,6 @@ def _score(llama: Llama, params, tokens):
     parts = [x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1) for x in parts]
     found = jax.lax.map(some, tuple(parts))
     return tuple(x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, : hidden.shape[1]] for x in found)
-
-
-def _before_any(text: str, stops: Sequence[str]) -> str:
-    return text[: min((place for stop in stops if stop and (place := text.find(stop)) >= 0), default=len(text))]
 
 
 # The command

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from longlora_jax.data import load_tokenizer
-from longlora_jax.data.chat import has_chat_template, render_chat
 from longlora_jax.errors import UserError
 from longlora_jax.evals.results import weights_of
-from longlora_jax.generate.generation import eos_ids, generate, load_for_generation
+from longlora_jax.generate.generation import generate, load_for_generation
 from longlora_jax.weights.load import open_model
 
 TEMPLATES = ("auto", "plain", "chat")
@@ -27,8 +26,9 @@ _MESSAGE = "WHAT-THE-USER-SAYS"
 class Reader:
     """A model folder of any kind, its tokenizer and its template; weights are read when it is asked first.
 
-    template: "chat" sends what is asked through the tokenizer's chat template, "plain" as it is, "auto" takes the chat
-    template if there is one. batch_size: prompts read at once (None: TOKENS_AT_ONCE tokens' worth). Raises UserError.
+    template: "chat" sends what is asked through the model's template (what its run trained under, or the tokenizer's),
+    "plain" as it is, "auto" takes the template if there is one. batch_size: prompts read at once (None: TOKENS_AT_ONCE
+    tokens' worth). Raises UserError.
     """
 
     def __init__(self, path: str, *, template: str = "auto", dtype: str = "float32", batch_size: int | None = None):
@@ -38,14 +38,15 @@ class Reader:
         folder = self._opened.tokenizer_dir
         self.weights = weights_of(path, folder)
         self.tokenizer = load_tokenizer(folder)
-        if template == "chat" and not has_chat_template(folder):
+        self._format = self._opened.chat_format()
+        if template == "chat" and not self._format:
             raise UserError(f"the tokenizer of {path} has no chat template: use --template plain")
-        self.chat = template == "chat" or (template == "auto" and has_chat_template(folder))
+        self.chat = template != "plain" and bool(self._format)
         self.template = "chat" if self.chat else "plain"
         self._frame = ("", "")
         if self.chat:
             said = [{"role": "user", "content": _MESSAGE}]
-            parts = render_chat(folder, said, add_generation_prompt=True).split(_MESSAGE)
+            parts = self._format.render(said).split(_MESSAGE)
             if len(parts) != 2:
                 raise UserError(f"the chat template of {path} changes what the user says: use --template plain")
             self._frame = (parts[0], parts[1])
@@ -81,11 +82,14 @@ class Reader:
                 *self._model,
                 batch,
                 max_new_tokens=max_new_tokens,
-                eos_ids=eos_ids(self._opened),
-                stop=lambda row, tokens: stop(self._text(tokens)),
+                eos_ids=self._format.end_ids,
+                stop=lambda row, tokens: self._ended(self._text(tokens), stop),
             )
-            texts += map(self._text, tokens)
+            texts += (before_any(self._text(row), self._format.stops) for row in tokens)
         return texts[: len(prompts)]
+
+    def _ended(self, text: str, stop: Callable[[str], bool]) -> bool:
+        return stop(text) or any(end in text for end in self._format.stops)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -93,6 +97,11 @@ class Reader:
     @functools.cached_property
     def _model(self):
         return load_for_generation(self._opened, self._dtype)
+
+
+def before_any(text: str, stops: Sequence[str]) -> str:
+    """The text up to where the first of the stops begins."""
+    return text[: min((place for stop in stops if stop and (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def fit(render: Callable[[int], np.ndarray], length: int, most: int) -> np.ndarray:

@@ -11,10 +11,11 @@ import numpy as np
 from longlora_jax import errors
 from longlora_jax.config import ModelConfig
 from longlora_jax.data import Tokenizer, load_tokenizer, read_text
+from longlora_jax.data.chat import ChatFormat, ends_with_any, stop_ids
 from longlora_jax.data.stream import TextStream
 from longlora_jax.errors import UserError, number
 from longlora_jax.files import check_writable, write_json
-from longlora_jax.generate.generation import common_prefix, eos_ids, load_for_generation, prompt_ids
+from longlora_jax.generate.generation import common_prefix, load_for_generation, prompt_ids
 from longlora_jax.generate.session import SEEDS, Sampling, Session, complete
 from longlora_jax.progress import progress_bar
 from longlora_jax.weights.load import open_model
@@ -32,14 +33,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text")
     prompt.add_argument("--prompt_file", metavar="FILE", help="a UTF-8 file with the text")
     add(
         "--question",
         action="append",
         metavar="TEXT",
-        help="asked after the text, by the tokenizer's chat template if it has one; may be given several times",
+        help="asked after the text, or without one, as the model was trained to be asked (its chat template); may be "
+        "given several times",
     )
     new_help = "tokens to write at most (default: %(default)s)"
     add("--max_new_tokens", type=number(int, 1, MOST), default=256, metavar="N", help=new_help)
@@ -78,6 +80,10 @@ def _check(args: argparse.Namespace) -> str:
             raise UserError(f"{name} is not UTF-8: write it again, or save a text as UTF-8 and give --prompt_file")
     if args.json:
         check_writable(args.json)
+    if args.prompt is None and args.prompt_file is None:
+        if not args.question:
+            raise UserError("there is nothing to go on with: give --prompt, --prompt_file or --question (see --help)")
+        return ""
     text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
     if not text.strip():
         raise UserError(f"{args.prompt_file or '--prompt'} is empty: give a text")
@@ -106,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.sinks = (4 if args.sinks is None else args.sinks) if args.window else 0
     opened = open_model(args.model)
     tokenizer = load_tokenizer(opened.tokenizer_dir)
-    prompts = [prompt_ids(text, q, tokenizer, opened.tokenizer_dir) for q in args.question or [None]]
+    chat = opened.chat_format()
+    prompts = [prompt_ids(text, q, tokenizer, chat) for q in args.question or [None]]
     longest = max(map(len, prompts))
     _check_window(opened.config, longest, args)
     if (largest := max(int(p.max()) for p in prompts)) >= opened.config.vocab_size:
@@ -124,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         asked = {"question": args.question[i]} if args.question else {}
         if len(prompts) > 1:
             print(f"> {args.question[i]}")
-        answer = _answer(session, ids[shared:], tokenizer, eos_ids(opened), args)
+        answer = _answer(session, ids[shared:], tokenizer, chat, args)
         answers.append(asked | {"prompt_tokens": len(ids)} | answer)
     if args.json:
         head = {"model": args.model, "dtype": args.dtype, **memory, "shared_tokens": shared, "shared_seconds": seconds}
@@ -146,15 +153,16 @@ def _read(session: Session, ids: np.ndarray) -> float:
 
 
 def _answer(
-    session: Session, ids: np.ndarray, tokenizer: Tokenizer, ends: tuple[int, ...], args: argparse.Namespace
+    session: Session, ids: np.ndarray, tokenizer: Tokenizer, chat: ChatFormat, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Reads what is left of a prompt, prints the answer as it comes, and returns its part of the JSON."""
     seconds = _read(session, ids)
-    text, times = TextStream(tokenizer, args.stop), []
+    text, times = TextStream(tokenizer, [*args.stop, *chat.stops]), []
+    stops = stop_ids(args.stop, tokenizer)
 
     def on_token(_, token: int):
         times.append(time.perf_counter())
-        if token not in ends:
+        if token not in chat.end_ids:
             print(text.push(token), end="", flush=True)
 
     (tokens,) = complete(
@@ -162,15 +170,16 @@ def _answer(
         args.max_new_tokens,
         sampling=Sampling(args.temperature, args.top_k, args.top_p),
         seed=args.seed,
-        eos_ids=ends,
-        stop=lambda row, tokens: text.stopped,
+        eos_ids=chat.end_ids,
+        stop=lambda row, tokens: text.stopped or ends_with_any(tokens, stops),
         on_token=on_token,
     )
     print(text.finish())
+    stopped = text.stopped or ends_with_any(tokens, stops)
     return {
         "tokens": tokens,
         "text": text.text,
-        "finished_by": "stop" if text.stopped else "eos" if tokens[-1] in ends else "length",
+        "finished_by": "stop" if stopped else "eos" if tokens[-1] in chat.end_ids else "length",
         "prefill_seconds": seconds,
         "decode_tokens_per_second": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
     }

@@ -1,6 +1,5 @@
 """Continuing prompts: full attention over all that was read, or endless over a few first and last tokens."""
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +9,11 @@ import numpy as np
 
 from longlora_jax.config import MeshConfig, ModelConfig
 from longlora_jax.data import Tokenizer
-from longlora_jax.data.chat import has_chat_template, render_chat
+from longlora_jax.data.chat import ChatFormat
 from longlora_jax.errors import UserError
-from longlora_jax.files import read_json
 from longlora_jax.generate.session import Sampling, Session, complete
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.parallel.sharding import make_mesh, place_weights, weight_shardings
-from longlora_jax.weights.hf import GENERATION
 from longlora_jax.weights.load import OpenModel
 
 
@@ -55,18 +52,6 @@ def generate(
     return complete(session, max_new_tokens, **how)
 
 
-def eos_ids(model: OpenModel) -> tuple[int, ...]:
-    """The tokens that end an answer: all that generation_config.json names, or else config.json."""
-    found = None
-    for name in (GENERATION, "config.json"):
-        file = os.path.join(model.tokenizer_dir, name)
-        if found is None and os.path.isfile(file):
-            found = read_json(file).get("eos_token_id")
-    found = model.config.eos_token_id if found is None else found
-    found = found if isinstance(found, list) else [found]
-    return tuple(i for i in found if isinstance(i, int) and i >= 0)
-
-
 def load_for_generation(model: OpenModel, dtype: str = "float32") -> tuple[Llama, Any]:
     """(model, params) on all devices, weights and activations in dtype: heads cut as far as they divide, then columns.
 
@@ -91,18 +76,15 @@ def _best_mesh(config: ModelConfig):
     raise AssertionError("one device divides everything")
 
 
-def prompt_ids(text: str, question: str | None, tokenizer: Tokenizer, tokenizer_dir: str) -> np.ndarray:
-    """The ids [tokens] of a text, to be continued, or with a question about it, to be answered.
+def prompt_ids(text: str, question: str | None, tokenizer: Tokenizer, chat: ChatFormat) -> np.ndarray:
+    """The ids [tokens] of a text, to be continued, or of a question about it ("": about nothing), to be answered.
 
-    A question goes through the tokenizer's chat template, if there is one, as what the user says after the text.
+    A question goes through the model's template, if there is one, as what the user says after the text.
     """
     if question is None:
         return tokenizer.encode(text)
-    asked = f"{text}\n\n{question}"
-    if not has_chat_template(tokenizer_dir):
-        return tokenizer.encode(f"{asked}\n")
-    rendered = render_chat(tokenizer_dir, [{"role": "user", "content": asked}], add_generation_prompt=True)
-    return tokenizer.encode_batch([rendered], add_bos=False)[0]
+    asked = f"{text}\n\n{question}" if text else question
+    return chat.ids([{"role": "user", "content": asked}], tokenizer) if chat else tokenizer.encode(f"{asked}\n")
 
 
 def common_prefix(prompts: Sequence[np.ndarray]) -> int:

@@ -6,11 +6,11 @@ from typing import Any
 
 from longlora_jax import errors
 from longlora_jax.config import Config
+from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
 from longlora_jax.plan.chips import GIB, GPUS
 from longlora_jax.plan.planner import plan, search
-from longlora_jax.training import run
 
 
 def table(found: dict[str, Any]) -> str:
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, overrides = parser.parse_known_args(argv)
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu} must be above 0 and at most 1")
-    config = run.read_config(args.config, overrides)
+    config = read_config(args.config, overrides)
     if args.search:
         config = search(config, args.topology)
         print(f"{_flags(config)}\n")

@@ -1,19 +1,19 @@
 """From a config to what a run is made of: resolved config, model, windows of data, state on the mesh."""
 
 import dataclasses
-from collections.abc import Sequence
+import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
-from ml_collections import config_flags
 
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.attention.rope import extend_rope
-from longlora_jax.config import Config, DataConfig, ModelConfig, validate
+from longlora_jax.config import Config, DataConfig, ModelConfig, name_of, validate, with_held_out_eval
 from longlora_jax.data import (
     Batches,
     Windows,
@@ -26,35 +26,30 @@ from longlora_jax.errors import UserError
 from longlora_jax.model import trainable
 from longlora_jax.model.decoder import Llama, abstract_params, init_params, logical_axes
 from longlora_jax.parallel import sharding
+from longlora_jax.resilience.checkpoints import RunCheckpoints
 from longlora_jax.training import optim
 from longlora_jax.training.step import TrainState
 from longlora_jax.weights import hf, hub, load
 
+log = logging.getLogger("longlora_jax")
 
-def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The Config of a file with get_config(), changed by flags such as --config.seq_len=4096.
 
-    Raises UserError if the file cannot be read or a flag does not fit.
-    """
-    values, words = flags.FlagValues(), ["", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=words)
-    try:
-        values(words)
-        config = values["config"].value
-        _ = getattr(config, "seq_len", None)  # a file that could not be read says so here
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        fault = " ".join(str(error.args[0] if error.args else error).split())
-        raise UserError(fault.split("earlier failure to load: ")[-1]) from error
-    if not isinstance(config, Config):
-        raise UserError(f"get_config() of {path} gives a {type(config).__name__}: return a Config")
-    return config
+# What may change when a run is resumed: what a step computes from its batch stays the same, up to the order of sums.
+FREE_ON_RESUME = (
+    *("log_every", "save_every", "keep_checkpoints", "keep_best", "early_stop", "max_bad_steps", "wandb", "eval"),
+    *("mesh", "workers", "remat", "chunks", "loss_chunk", "accumulation"),
+    "rope",  # what it did stands in the model
+    "continue_from",  # it did its part at the start
+)
 
 
 def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     """The config with nothing left open: model shape, extended rope, absolute base path; and whether it resumes.
 
-    Raises UserError if the workdir holds another run, or if the config and the base model disagree.
+    A run is what it computes, not where its parts lie: the base is known by its weights, the data by its tokens (see
+    Batches.set_state). Raises UserError if the workdir holds another run, or if the config and the base model disagree.
     """
+    config = with_held_out_eval(_with_base_of_earlier_run(config))
     validate(config)
     config = dataclasses.replace(config)
     if config.init_from:
@@ -74,29 +69,94 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     )
     assert config.model is not None  # validate() wants one where there is no init_from
     config.model = extend_model(config.model, config)
+    if config.continue_from:
+        _check_earlier_run(config)
+    if (warmup := config.optim.warmup_steps) >= config.steps:
+        most = min(config.steps / warmup, 1.0)
+        log.warning(
+            "optim.warmup_steps=%d of %d steps: the learning rate ends the run at %.0f%% of optim.learning_rate, still "
+            "rising; lower optim.warmup_steps",
+            *(warmup, config.steps, 100 * most),
+        )
     if not load.is_workdir(workdir):
         if (Path(workdir) / "config.json").exists():
             raise UserError(f"{workdir} holds the config.json of something else than a run: choose another --workdir")
         return config, False
     saved = load.read_run_config(workdir)
-    load.check_base(workdir, saved)
-    free = {
-        "log_every": 0,
-        "save_every": 0,
-        "keep_checkpoints": 0,
-        "max_bad_steps": 0,
-        "mesh": None,
-        "workers": 0,
-        "remat": "",
-        "wandb": "",
-    }
-    ours, theirs = (dataclasses.asdict(dataclasses.replace(c, **free)) for c in (config, saved))
-    if changed := [name for name in ours if _plain(ours[name]) != _plain(theirs[name])]:
+    load.check_base(workdir, config)
+    if changed := _changed(config, saved):
         raise UserError(
-            f"{workdir} holds a run with another {', '.join(changed)}: choose a new --workdir, or give the config "
-            "that it was started with"
+            f"{workdir} holds a run with another {', '.join(changed)}: give the config that it was started with, or "
+            f"begin a new --workdir from its weights with --config.continue_from={workdir}"
         )
     return config, True
+
+
+def _changed(config: Config, saved: Config) -> list[str]:
+    """The fields by which a config is another run than the saved one."""
+    fixed = {name: getattr(Config(seq_len=1, steps=1), name) for name in FREE_ON_RESUME}
+
+    def computed(config: Config) -> dict[str, Any]:
+        parts = [dataclasses.replace(part, path="", tokenizer="") for part in (config.data, *config.mixture)]
+        where = {"init_from": "", "data": parts[0], "mixture": tuple(parts[1:])}
+        return dataclasses.asdict(dataclasses.replace(config, **fixed, **where))
+
+    ours, theirs = computed(config), computed(saved)
+    changed = [name for name in ours if _plain(ours[name]) != _plain(theirs[name])]
+    if "steps" in changed and config.optim.schedule == "constant" and not config.attention.full_last:
+        changed.remove("steps")  # nothing before the old last step depended on it
+    return changed
+
+
+def _with_base_of_earlier_run(config: Config) -> Config:
+    """The config with what continue_from says of the base, where it does not say it itself."""
+    if not config.continue_from:
+        return config
+    if not load.is_workdir(config.continue_from):
+        raise UserError(
+            f"continue_from={config.continue_from} is not the workdir of a run: give one, or set init_from to begin "
+            "with a model's folder"
+        )
+    earlier = load.read_run_config(config.continue_from)
+    tokenizer = config.data.tokenizer or (config.init_from or earlier.data.tokenizer)
+    return dataclasses.replace(
+        config,
+        continue_from=str(Path(config.continue_from).absolute()),
+        init_from=config.init_from or earlier.init_from,
+        model=config.model or (None if earlier.init_from else earlier.model),
+        data=dataclasses.replace(config.data, tokenizer=tokenizer),
+    )
+
+
+def _check_earlier_run(config: Config) -> None:
+    """Raises UserError if the weights of continue_from do not fit the model of this run."""
+    earlier = load.read_run_config(config.continue_from)
+    load.check_base(config.continue_from, config)
+    names = ("mode",) if config.mode == "full" else ("mode", "lora")
+    if wrong := [f"{n}={getattr(earlier, n)}" for n in names if _plain_of(earlier, n) != _plain_of(config, n)]:
+        raise UserError(f"continue_from={config.continue_from} was trained with {', '.join(wrong)}: set the same")
+    assert earlier.model is not None and config.model is not None  # both are resolved
+    check_same_shape(config.model, earlier.model, config.continue_from)
+
+
+def _plain_of(config: Config, name: str):
+    return _plain(dataclasses.asdict(config)[name])
+
+
+def continued_state(config: Config, state: TrainState) -> TrainState:
+    """The state at step 0 with the trained weights and AdamW's moments of config.continue_from's newest checkpoint."""
+    earlier = load.read_run_config(config.continue_from)
+    optimizer = optim.make_optimizer(earlier.optim, earlier.steps)
+    like = state.replace(optimizer=optimizer, opt_state=optimizer.init(state.trainable))
+    saved, _ = RunCheckpoints(config.continue_from, read_only=True).restore(like)
+    moments = next(x for x in jax.tree.leaves(saved.opt_state, is_leaf=_is_adam) if _is_adam(x))
+    opt_state = jax.tree.map(lambda x: moments if _is_adam(x) else x, state.opt_state, is_leaf=_is_adam)
+    log.info("continued from step %d of %s: its weights and moments, step 0", saved.step, config.continue_from)
+    return state.replace(trainable=saved.trainable, opt_state=opt_state)
+
+
+def _is_adam(x) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
 
 
 def _plain(value):
@@ -156,17 +216,30 @@ def build_model(config: Config, mesh=None) -> Llama:
 
 
 def read_windows(data: DataConfig, config: Config) -> Windows:
-    """The documents of a corpus, packed into windows of seq_len tokens."""
+    """The documents of a corpus, packed into windows of seq_len tokens; faults say which of the config's data it is."""
+    name, held_out = name_of(data, config), data is config.eval.data
+    try:
+        tokenizer = load_tokenizer(data.tokenizer)
+        documents = open_documents(data, tokenizer, window=config.seq_len, held_out=held_out)
+        return pack(documents, config.seq_len, data.packing, min_tokens=data.min_tokens, whole=data.task == "sft")
+    except UserError as error:
+        if name == "data":
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
+def check_ids(tokens: np.ndarray, config: Config) -> None:
+    """Raises UserError if a batch, ids [B, T] on the host, has a token that the model has no row for.
+
+    What counts are the ids in use: many a tokenizer has a few more pieces than its model has rows.
+    """
     assert config.model is not None  # resolve() filled it
-    tokenizer = load_tokenizer(data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
+    largest = int(tokens.max(initial=0))
+    if largest >= config.model.vocab_size:
         raise UserError(
-            f"the tokenizer in {data.tokenizer} has {tokenizer.vocab_size} pieces, the model's vocabulary "
-            f"{config.model.vocab_size}: set data.tokenizer to the model's own"
+            f"the data holds token {largest}, and the model's vocabulary of {config.model.vocab_size} ends before it: "
+            "set data.tokenizer to the model's own, or prepare the data again with it"
         )
-    documents = open_documents(data, tokenizer)
-    # An answer that is cut is none: an example longer than a window is left out.
-    return pack(documents, config.seq_len, data.packing, min_tokens=data.min_tokens, whole=data.task == "sft")
 
 
 def open_batches(config: Config, rows) -> Batches:

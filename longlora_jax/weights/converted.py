@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from longlora_jax.config import ModelConfig
+from longlora_jax.data.chat import ChatFormat
 from longlora_jax.errors import UserError
 from longlora_jax.files import empty, new_folder, one_line, read_json, write_json
 from longlora_jax.progress import progress_bar
@@ -33,12 +34,14 @@ _CHUNK_BYTES = 16 << 20
 _WORKERS = 2  # one tensor is digested while another one is written
 
 
-def write_converted(out: str, config: ModelConfig, table: Table, *, tokenizer_from: str | None) -> None:
+def write_converted(
+    out: str, config: ModelConfig, table: Table, *, tokenizer_from: str | None, chat: ChatFormat | None = None
+) -> None:
     """Writes a converted checkpoint from a table, holding two tensors at a time.
 
     The folder is written aside and renamed when every tensor has been read back and has the SHA-256 that it had at
     its source. Stopped and called again, it keeps what is there and right. Raises UserError if `out` exists, or,
-    before anything is written, if the table does not fit the config.
+    before anything is written, if the table does not fit the config. chat: see copy_tokenizer.
     """
     refuse("these weights cannot be converted", list(table_faults(config, table)))
     content = config_to_json(config, hf.widest_dtype(table))
@@ -75,7 +78,7 @@ def write_converted(out: str, config: ModelConfig, table: Table, *, tokenizer_fr
             },
         )
         if tokenizer_from:
-            hf.copy_tokenizer(tokenizer_from, aside)
+            hf.copy_tokenizer(tokenizer_from, aside, chat, window=config.max_position_embeddings)
 
 
 class _Leaf(NamedTuple):

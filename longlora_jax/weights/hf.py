@@ -7,11 +7,11 @@ import os
 import shutil
 from collections.abc import Mapping
 
-import numpy as np
-
 from longlora_jax.config import ModelConfig
+from longlora_jax.data.chat import GENERATION, ChatFormat, export_format, folder_format
 from longlora_jax.errors import UserError
-from longlora_jax.files import new_folder, one_line, read_json, write_json
+from longlora_jax.files import new_folder, one_line, read_json, refuse_pointer, write_json
+from longlora_jax.weights.habits import settle
 from longlora_jax.weights.hf_config import TOKEN_IDS, config_to_json, load_config, refuse
 from longlora_jax.weights.rules import (
     Params,
@@ -26,7 +26,6 @@ from longlora_jax.weights.rules import (
 from longlora_jax.weights.tensors import DTYPES, Tensor, open_safetensors, reading, write_safetensors
 from longlora_jax.weights.torch_files import open_torch
 
-GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -64,17 +63,17 @@ def open_hf(folder: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     config = load_config(folder)
     table, faults = _open_files(folder)
     complete = not faults
-    # Old checkpoints carry the frequencies; they follow from the config.
-    table = {name: tensor for name, tensor in table.items() if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings and "lm_head.weight" in table:
-        faults += _tied_faults(table)
-        del table["lm_head.weight"]
+    table, odd = settle(config, table)
+    if complete:
+        faults += odd
     # Where a file cannot be read, that is the reason for what is missing.
     faults += [
         fault
         for fault in table_faults(config, table)
         if complete or not fault.startswith(("missing tensor", "there are"))
     ]
+    # One that is named with its cause is not named again.
+    faults = [f for f in faults if not (f.startswith("missing tensor") and any(o.startswith(f"{f}: ") for o in odd))]
     refuse(folder, faults)
     return config, table
 
@@ -95,7 +94,7 @@ def _open_files(folder: str) -> tuple[dict[str, Tensor], list[str]]:
 
 def _open_listed(folder: str, listed: Mapping[str, list[str]]) -> tuple[dict[str, Tensor], list[str]]:
     table: dict[str, Tensor] = {}
-    faults = []
+    faults, absent = [], []
     for name, promised in listed.items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
@@ -106,14 +105,16 @@ def _open_listed(folder: str, listed: Mapping[str, list[str]]) -> tuple[dict[str
         except UserError as error:
             faults.append(str(error))
             continue
-        faults += [f"missing tensor {key} in {name}" for key in promised if key not in tensors]
+        absent += [(key, name) for key in promised if key not in tensors]
         faults += [f"{key} is in more than one file" for key in sorted(tensors.keys() & table.keys())]
         table |= tensors
-    return table, faults
+    # An index that was not kept up to date may name another file than the one that has a tensor.
+    return table, faults + [f"missing tensor {key} in {name}" for key, name in absent if key not in table]
 
 
 def open_tensor_file(path: str) -> dict[str, Tensor]:
-    """The tensors of one file, .safetensors or torch's; raises UserError if it is damaged."""
+    """The tensors of one file, .safetensors or torch's; raises UserError if it is damaged, or a Git LFS pointer."""
+    refuse_pointer(path)
     opener = open_safetensors if path.endswith(".safetensors") else open_torch
     try:
         return opener(path)
@@ -135,20 +136,6 @@ def read_index(path: str) -> dict[str, list[str]]:
             raise UserError(f"{path} names the file '{shown}', it must be one beside the index, a {suffix}")
         listed.setdefault(file, []).append(name)
     return listed
-
-
-def _tied_faults(table: Table) -> list[str]:
-    head, embed = table["lm_head.weight"], table.get("model.embed_tokens.weight")
-    if embed is None or (head.dtype, head.shape) == (embed.dtype, embed.shape) and _same_bytes(head, embed):
-        return []
-    return ["tie_word_embeddings is true but lm_head.weight is not model.embed_tokens.weight: set it to false"]
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    if not isinstance(one.dtype, np.dtype):
-        return True  # said by table_faults
-    first, second = (np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8) for tensor in (one, other))
-    return np.array_equal(first, second)
 
 
 # Writing
@@ -181,9 +168,13 @@ def write_hf(
     table: Table,
     *,
     tokenizer_from: str | None = None,
+    chat: ChatFormat | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """As save_hf, from a table: each tensor is read, written and forgotten; faults are said before that."""
+    """As save_hf, from a table: each tensor is read, written and forgotten; faults are said before that.
+
+    chat: see copy_tokenizer.
+    """
     refuse("these weights cannot be saved", list(table_faults(config, table)))
     names = [name for rule in weight_rules(config) for name in rule.names(config.num_hidden_layers)]
     shards = _cut(names, table, max_shard_bytes)
@@ -204,7 +195,7 @@ def write_hf(
         generation = {key: getattr(config, key) for key in TOKEN_IDS}
         write_json(os.path.join(aside, GENERATION), {"_from_model_config": True, **generation})
         if tokenizer_from is not None:
-            copy_tokenizer(tokenizer_from, aside)
+            copy_tokenizer(tokenizer_from, aside, chat, window=config.max_position_embeddings)
 
 
 def widest_dtype(table: Table) -> str:
@@ -244,9 +235,35 @@ def _cut(names: list[str], table: Table, limit: int) -> list[list[str]]:
     return shards
 
 
-def copy_tokenizer(source: str, target: str) -> list[str]:
-    """Copies the tokenizer files that source has; returns their names."""
+def copy_tokenizer(source: str, target: str, chat: ChatFormat | None = None, *, window: int | None = None) -> list[str]:
+    """Copies the tokenizer files that source has, and returns their names.
+
+    window: tokens of the model in target. Where that is not the window of the model in source, limits that the files
+    state (model_max_length, max_length) become it, or transformers would cut texts and answers at the old one.
+
+    chat: how the model is asked and what ends its answers, which the files in target then say, its configs among them;
+    None: as source says.
+    """
     names = [name for name in TOKENIZER_FILES if os.path.isfile(os.path.join(source, name))]
     for name in names:
         shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    if window is not None and window != _window_of(source):
+        _state_window(target, window)
+    export_format(target, chat or folder_format(source))
     return names
+
+
+def _window_of(folder: str) -> int | None:
+    try:
+        return load_config(folder).max_position_embeddings
+    except UserError:  # a folder with a tokenizer alone
+        return None
+
+
+def _state_window(folder: str, window: int) -> None:
+    """Writes a window, in tokens, into the files beside the weights that cut by it."""
+    for name, key, always in (("tokenizer_config.json", "model_max_length", True), (GENERATION, "max_length", False)):
+        path = os.path.join(folder, name)
+        content = read_json(path) if os.path.isfile(path) else {}
+        if content and (always or content.get(key) is not None) and content.get(key) != window:
+            write_json(path, content | {key: window})

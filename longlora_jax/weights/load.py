@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax.errors import JaxRuntimeError
 
 from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
+from longlora_jax.data.chat import ChatFormat, folder_format, run_format, save_format, saved_format
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line, read_json, write_json
 from longlora_jax.model.lora import merge_lora
@@ -88,22 +89,31 @@ def read_run_config(workdir: str) -> Config:
 
 
 def write_run_config(workdir: str, config: Config) -> None:
-    """Writes config.json: every field as the run uses it, and the fingerprint of the base weights."""
+    """Writes config.json: every field as the run uses it, and the fingerprint of the base weights; beside it what the
+    run trains under (see ChatFormat).
+    """
+    save_format(workdir, run_format((config.data, *config.mixture), config.init_from))
     base = fingerprint(config.init_from) if config.init_from else ""
     write_json(os.path.join(workdir, "config.json"), {**asdict(config), "base_fingerprint": base})
 
 
 def check_base(workdir: str, config: Config) -> None:
-    """Raises UserError if the base weights of a run are no longer those it was started from."""
+    """Raises UserError if config.init_from does not hold the base weights that a run was started from.
+
+    Wherever they lie: a base is known by its weights. config: the run's own, or one that names another place.
+    """
     saved = read_json(os.path.join(workdir, "config.json")).get("base_fingerprint", "")
     if not config.init_from:
         return
     if not Path(config.init_from).is_dir():
-        raise UserError(f"{workdir} continues {config.init_from}, which is gone: put the base model back there")
+        raise UserError(
+            f"{workdir} was started from {config.init_from}, which is gone: put the base model back there, or say where "
+            "it is now (train.py --config.init_from=DIR, convert_weights.py to-hf --base DIR)"
+        )
     if fingerprint(config.init_from) != saved:
         raise UserError(
-            f"the weights in {config.init_from} changed since {workdir} was started from them: "
-            "restore them, or start again with a new workdir"
+            f"the weights in {config.init_from} are not those that {workdir} was started from: restore them, or start "
+            "again with a new workdir"
         )
 
 
@@ -128,11 +138,30 @@ def _damaged(folder: Path, fault: str) -> UserError:
 
 
 class OpenModel(NamedTuple):
-    """A model on disk, not read yet: its config, its tensors with adapters merged, its tokenizer's folder."""
+    """A model on disk, not read yet: its config, its tensors with adapters merged, its tokenizer's folder.
+
+    workdir: that of the run that it comes from; "": it is in a folder of its own.
+    """
 
     config: ModelConfig
     table: dict[str, Tensor]
     tokenizer_dir: str
+    workdir: str = ""
+
+    def chat_format(self) -> ChatFormat:
+        """How it is asked and what ends its answers: what its run trained under, else what its folder says."""
+        found = workdir_format(self.workdir) if self.workdir else folder_format(self.tokenizer_dir)
+        if not found.end_ids and self.config.eos_token_id is not None:
+            found = replace(found, end_ids=(self.config.eos_token_id,))
+        return found
+
+
+def workdir_format(workdir: str) -> ChatFormat:
+    """What a run trains under: as it has saved it, or in an old workdir as its config says."""
+    if (saved := saved_format(workdir)) is not None:
+        return saved
+    config = read_run_config(workdir)
+    return run_format((config.data, *config.mixture), config.init_from)
 
 
 def open_model(path: str, dtype: str | None = None, *, check: bool = False) -> OpenModel:
@@ -152,14 +181,14 @@ def open_model(path: str, dtype: str | None = None, *, check: bool = False) -> O
         (config, table), tokenizer_dir = hf.open_hf(path), path
     if dtype:
         table = cast_table(table, lambda _: DTYPES[dtype])
-    return OpenModel(config, table, tokenizer_dir)
+    return OpenModel(config, table, tokenizer_dir, path if is_workdir(path) else "")
 
 
 def load_model(path: str) -> LoadedModel:
     """Loads whatever open_model opens into memory, the adapters of a workdir apart from their kernels."""
     path = hub.local_folder(path, what=_FOLDERS)
     if not is_workdir(path):
-        config, table, tokenizer_dir = open_model(path)
+        config, table, tokenizer_dir, _ = open_model(path)
         return LoadedModel(config, build_params(config, table), None, tokenizer_dir)
     config, model, trained, base = _open_run(path)
     trained = jax.tree.map(np.asarray, trained)

@@ -12,12 +12,14 @@ import numpy as np
 
 from longlora_jax.attention.rope import extend_rope
 from longlora_jax.config import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig, ModelConfig
+from longlora_jax.data.chat import ChatFormat
 from longlora_jax.errors import UserError
 from longlora_jax.files import new_folder, write_json
 from longlora_jax.weights import hf
+from longlora_jax.weights.habits import EMBED, HEAD
 from longlora_jax.weights.hf_config import config_to_json, load_config, refuse
 from longlora_jax.weights.hub import local_folder
-from longlora_jax.weights.peft_files import EMBED, HEAD, PREFIX, SETTINGS, WEIGHTS, AdapterFiles, Pair, read_adapter
+from longlora_jax.weights.peft_files import PREFIX, SETTINGS, WEIGHTS, AdapterFiles, Pair, read_adapter
 from longlora_jax.weights.rules import (
     Adapter,
     Params,
@@ -65,6 +67,7 @@ def save_peft(
     *,
     base: str,
     tokenizer_from: str | None = None,
+    chat: ChatFormat | None = None,
 ) -> None:
     """Writes an adapter for PEFT 0.6 and later (rslora: 0.8); matrices in float32, other weights in their own dtype.
 
@@ -74,7 +77,8 @@ def save_peft(
     PEFT's files have no place for rope scaling and window: they go into config.json, and README.md tells how to load
     both. Of a tied model a trained embedding is written twice, once as lm_head, since PEFT would otherwise keep the
     base's embedding there; ensure_weight_tying, for which PEFT has it since 0.18, is unknown to older ones.
-    Raises UserError if the folder holds something, or if params do not fit config and lora.
+    chat: see hf.copy_tokenizer. Raises UserError if the folder holds something, or if params do not fit config and
+    lora.
     """
     refuse("this adapter cannot be saved", _leaf_faults(config, lora, params))
     whole = params_table(config, params)
@@ -96,7 +100,7 @@ def save_peft(
             file.write(_README.format(base=name, source=source, window=config.max_position_embeddings))
         write_safetensors(os.path.join(aside, WEIGHTS[0]), tensors, map(read, tensors.values()))
         if tokenizer_from is not None:
-            hf.copy_tokenizer(tokenizer_from, aside)
+            hf.copy_tokenizer(tokenizer_from, aside, chat, window=config.max_position_embeddings)
 
 
 def _settings(lora: LoraConfig, base: str, revision: str, whole: list[str]) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_answers_are_those_of_the_whole_prompt_and_the_document_is_read_once(rea
     read = list(talk.read_ahead())
     assert read[0] == (32, talk.document_tokens) and read[-1] == (talk.document_tokens,) * 2
     first = asked(talk, "Who wrote it?")
-    ids = prompt_ids(BOOK.text, "Who wrote it?", reader.tokenizer, folder)
+    ids = prompt_ids(BOOK.text, "Who wrote it?", reader.tokenizer, reader.chat)
     assert first.answer == alone(reader, ids) and first.ended == "length"
     assert (first.prompt_tokens, first.known_tokens) == (len(ids), talk.document_tokens)
     assert first.read_tokens == len(ids) - talk.document_tokens < 30
@@ -129,7 +129,7 @@ def test_stop(reader, folder):
     """Catches: a stop that comes late, or takes text away; a cache that the next question finds in disorder."""
     talk = Conversation(reader)
     talk.load(BOOK)
-    free = alone(reader, prompt_ids(BOOK.text, "Who?", reader.tokenizer, folder))
+    free = alone(reader, prompt_ids(BOOK.text, "Who?", reader.tokenizer, reader.chat))
     talk.ask("Who?")
     for turn in talk.answer(NEW):
         if turn.new_tokens == 6:
@@ -161,7 +161,7 @@ def test_stop_while_it_reads(reader, folder, monkeypatch):
         talk.stop()
     assert talk.turns[-1].ended == "stopped" and talk.turns[-1].known_tokens == talk.document_tokens
     answer = asked(talk, "When?").answer  # and the questions without an answer are forgotten
-    assert answer == alone(reader, prompt_ids(talk.document.text, "When?", reader.tokenizer, folder))
+    assert answer == alone(reader, prompt_ids(talk.document.text, "When?", reader.tokenizer, reader.chat))
 
 
 def test_a_conversation_outgrows_its_cache(folder, monkeypatch):
@@ -188,7 +188,7 @@ def test_without_a_template(tmp_path, folder):
     talk = Conversation(reader)
     talk.load(BOOK)
     first = asked(talk, "Who?").answer
-    assert first == alone(reader, prompt_ids(BOOK.text, "Who?", reader.tokenizer, str(plain)))
+    assert first == alone(reader, prompt_ids(BOOK.text, "Who?", reader.tokenizer, reader.chat))
     second = asked(talk, "When?")
     ids = reader.tokenizer.encode(f"{BOOK.text}\n\nWho?\n{first}\n\nWhen?\n")
     assert second.answer == alone(reader, ids) and second.known_tokens >= talk.document_tokens

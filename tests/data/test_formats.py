@@ -105,7 +105,7 @@ def test_a_long_array_is_read_piece_by_piece(tmp_path, monkeypatch):
         ("a.json", b'[{"a": 1}, 7]', "item 2 (line 1): a number where a JSON object is needed"),
         ("a.json", b'[{"a": "\xff"}]', "line 1: not UTF-8: byte 0xff"),
         ("a.json", b"[" * 100_000, "line 1: not JSON (it is nested too deeply)"),
-        ("a.json", b'{\n"rows": []}', "a.json, line 1: not JSON ("),
+        ("a.json", b'{\n"rows": []}', "a.json, line 2: not JSON (one object, without rows"),
         ("a.parquet", b"PAR1 or not", "a.parquet, after row 0: not Parquet that can be read"),
     ],
 )

@@ -10,9 +10,13 @@ import pytest
 import tokenizers
 from chats import SPECIAL, TEMPLATES, build
 
-from longlora_jax.data import load_tokenizer, sft
+from longlora_jax.config import DataConfig
+from longlora_jax.data import load_tokenizer
+from longlora_jax.data.chat import load_prompt
+from longlora_jax.data.dialogue import Renderer
 from longlora_jax.data.formats import Reading, Row
-from longlora_jax.data.sft import Malformed, load_prompt, messages_of, read_examples
+from longlora_jax.data.rows import Conversation, Malformed, messages_of
+from longlora_jax.data.sft import read_examples
 from longlora_jax.errors import UserError
 
 
@@ -30,10 +34,11 @@ def model(request, tmp_path_factory) -> str:
     return str(folder)
 
 
-def examples(folder: str, rows: list[dict], prompt: str = "chat", on_bad_row: str = "stop", **options):
+def examples(folder: str, rows: list[dict], prompt: str = "chat", on_bad_row: str = "stop", window: int = 0, **options):
     located = [Row(f"file.jsonl, line {number}", row) for number, row in enumerate(rows, 1)]
-    loaded = load_prompt(prompt, folder)
-    return list(read_examples(located, Reading(on_bad_row), load_tokenizer(folder), loaded, **options))
+    data, tokenizer = DataConfig(task="sft", **options), load_tokenizer(folder)
+    template = load_prompt(prompt, folder, add_bos=data.add_bos)
+    return list(read_examples(located, Reading(on_bad_row), tokenizer, template, data, window=window))
 
 
 def chat(*turns: str, system: str = "") -> dict:
@@ -195,7 +200,7 @@ def test_rows_left_out_are_counted_by_reason(model, caplog):
     assert len(made) == 2 and all(scored.any() for _, scored in made)
     [line] = [r.message for r in caplog.records if "examples of" in r.message]
     assert line.startswith("6 rows make 2 examples of ")
-    assert line.endswith("scored; left out: 2 without an answer, 2 malformed")
+    assert line.endswith("scored; left out: 2 without an answer to learn, 2 malformed")
     alone = examples(model, [chat("q", "b")])
     np.testing.assert_array_equal(made[1], alone[0])
 
@@ -204,10 +209,10 @@ def test_bad_rows_stop_a_run_by_name(model):
     """Catches: a fault without file and line, and a corpus without one example that trains on nothing."""
     with pytest.raises(UserError, match="^file.jsonl, line 2: the field 'output' is missing"):
         examples(model, BAD)
-    with pytest.raises(UserError, match="none of 2 rows makes an example: 2 without an answer"):
+    with pytest.raises(UserError, match="none of 2 rows makes an example: 2 without an answer to learn"):
         examples(model, [chat("q"), chat("q", "")])
-    with pytest.raises(UserError, match="line 1: .*a question and its answer, not user, assistant, user, assistant"):
-        examples(model, [chat(*TURNS)], "alpaca")
+    with pytest.raises(UserError, match="line 1: questions and answers must take turns"):
+        examples(model, [{"messages": chat("q")["messages"] + chat("q", "a")["messages"]}], "alpaca")
 
 
 def template_folder(folder: Path, template: str) -> str:
@@ -260,10 +265,10 @@ def test_a_template_whose_answers_follow_another_prompt_is_refused(template, tmp
 
 def test_many_blanks_before_an_answer_take_no_time(model):
     """Catches: a look for the end of an answer that begins again at every blank: a million of them took an hour."""
-    messages, closing = chat("q", "\n" * 200_000 + "yes")["messages"], sft._closing(load_tokenizer(model))
-    prompt = load_prompt("chat", model)
+    said = Conversation(chat("q", "\n" * 200_000 + "yes")["messages"], [True] * 2)
+    render = Renderer(load_prompt("chat", model), load_tokenizer(model).added_tokens())
     started = time.process_time()
-    assert len(sft.render_dialogue(messages, prompt, closing).turns) == 1
+    assert [len(dialogue.turns) for dialogue in render(said)] == [1]
     assert time.process_time() - started < 2  # 0.01 s
 
 

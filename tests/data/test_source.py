@@ -100,7 +100,7 @@ def test_a_hold_out_that_matches_nothing_is_reported(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("source", "path", "message"),
     [
-        ("csv", "", "'csv' is not known: use one of python, text, hf, jsonl, parquet"),
+        ("xml", "", "'xml' is not known: use one of python, text, hf, jsonl, csv, parquet"),
         ("python", "nowhere", "nowhere does not exist"),
         ("python", "texts", "texts' has no text"),
         ("text", "nowhere.txt", "nowhere.txt' does not exist"),
@@ -138,7 +138,7 @@ def test_hugging_face_datasets_from_disk(tmp_path, monkeypatch):
         names("hf", one)
     with pytest.raises(UserError, match="'nobody/nothing', split 'train', cannot be read") as hub:
         names("hf", "nobody/nothing")
-    with pytest.raises(UserError, match="split 'dev', cannot be read"):
+    with pytest.raises(UserError, match="has no split 'dev', it has train, test"):
         texts(many, "dev")
     with pytest.raises(UserError, match="use its split"):
         names("hf", one, hold_out=("a.py",))

@@ -321,7 +321,7 @@ def wrong_uses(folder: Path):
         "is not UTF-8": [*model, "--prompt_file", str(folder / "latin.txt")],
         "cannot be read": [*model, "--prompt_file", str(folder / "gone.txt")],
         "not allowed with argument": [*model, *prompt, "--prompt_file", str(folder / "latin.txt")],
-        "one of the arguments --prompt --prompt_file is required": model,
+        "give --prompt, --prompt_file or --question": model,
         "max_new_tokens: -1 must be at least 1": [*model, *prompt, "--max_new_tokens", "-1"],
         "temperature: -0.5 must be at least 0": [*model, *prompt, "--temperature", "-0.5"],
         "top_p=2": [*model, *prompt, "--top_p", "2"],

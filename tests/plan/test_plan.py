@@ -17,6 +17,7 @@ from tiny import random_batch, random_params, tiny_config
 from longlora_jax import presets
 from longlora_jax.attention.patterns import Pattern
 from longlora_jax.config import AttentionConfig, LoraConfig, MeshConfig
+from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.model.trainable import partition, trainable_mask
@@ -130,7 +131,7 @@ def planned_config(name):
     """The config of a row of benchmarks/tpu_plans.json."""
     words = shlex.split(PLANNED[name]["command"])
     flags = [word for word in words if word.startswith("--config.")]
-    config = run.read_config(words[words.index("--config") + 1], flags)
+    config = read_config(words[words.index("--config") + 1], flags)
     return dataclasses.replace(config, model=run.extend_model(config.model, config))
 
 
@@ -211,7 +212,7 @@ def test_a_window_that_fits_gpus_is_found(capsys):
     """Catches: a search that wants to compile for them, one that stops at the first mesh."""
     command.main(["--config", "configs/7b_32k.py", "--topology", "a100-80gb:2", "--search"])
     flags, *_ = capsys.readouterr().out.splitlines()
-    config = run.read_config("configs/7b_32k.py", flags.split())
+    config = read_config("configs/7b_32k.py", flags.split())
     assert config.seq_len >= 2**18 and config.mesh.context == 2
     longer = dataclasses.replace(config, seq_len=2 * config.seq_len)
     for tried, fits in ((config, True), (longer, False)):
@@ -253,7 +254,7 @@ def test_a_run_chooses_its_remat_by_the_memory_of_its_devices(monkeypatch):
 
 def test_a_run_goes_on_with_another_remat(tmp_path):
     """Catches: "auto" that is refused at the second start, as config.json has the name that it became."""
-    config = run.read_config("configs/quickstart.py", ["--config.remat=auto"])
+    config = read_config("configs/quickstart.py", ["--config.remat=auto"])
     resolved, resumed = run.resolve(config, str(tmp_path))
     assert not resumed
     (tmp_path / "checkpoints").mkdir()
@@ -278,8 +279,8 @@ def test_what_cannot_be_planned_is_one_line(tmp_path):
         command.main(["--config", "configs/7b_32k.py", "--topology", "v5e:2x4", "--config.seqlen=1"])
     (tmp_path / "config.py").write_text("def get_config():\n    return 3\n")
     with pytest.raises(UserError, match="gives a int: return a Config"):
-        run.read_config(str(tmp_path / "config.py"))
-    assert run.read_config("configs/7b_32k.py", ["--config.steps=7"]).steps == 7
+        read_config(str(tmp_path / "config.py"))
+    assert read_config("configs/7b_32k.py", ["--config.steps=7"]).steps == 7
 
 
 def test_a_plan_for_tpus_from_here():

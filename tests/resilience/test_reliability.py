@@ -15,10 +15,10 @@ from jax.errors import JaxRuntimeError
 from runs import FakeStep, longlora, write_config
 
 from longlora_jax.config import Config, validate
+from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError, in_plain_words
 from longlora_jax.resilience import versions
 from longlora_jax.training import metrics
-from longlora_jax.training.run import read_config
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted([*(ROOT / "longlora_jax").rglob("*.py"), *ROOT.glob("*.py")])
