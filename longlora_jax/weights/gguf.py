@@ -15,7 +15,7 @@ from gguf import GGUFReader, ReaderTensor, dequantize
 from longlora_jax.attention.rope import RopeScaling, rope_frequencies
 from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
-from longlora_jax.files import one_line
+from longlora_jax.files import one_line, refuse_pointer
 from longlora_jax.weights.gguf_tokenizer import tokenizer_files
 from longlora_jax.weights.hf_config import config_faults, refuse, rope_faults
 from longlora_jax.weights.rules import Params, build_params, cast_table, table_faults
@@ -106,6 +106,7 @@ def _tensor(name: str, tensor: ReaderTensor, config: ModelConfig) -> Tensor:
 def _open(path: str) -> GGUFReader:
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file: give a GGUF file")
+    refuse_pointer(path)
     try:
         with np.errstate(over="ignore"):  # an offset of nearly 2**64
             reader = _Reader(path)
@@ -230,6 +231,12 @@ def _config(path: str, read: Read, tensors: dict, divisors: dict) -> ModelConfig
     sliding = read("llama.attention.sliding_window", 0)
     if 0 < sliding < window:
         faults.append(f"its window slides ({sliding} of {window} tokens), that is not supported")
+    scales = {"logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0, "attention.scale": head_dim**-0.5}
+    # 0 is llama.cpp's word for "not set".
+    scales = {key: value for key, value in scales.items() if not math.isclose(number(key, value), value, rel_tol=1e-4)}
+    odd = [*scales, *(key for key in ("attn_logit_softcapping", "final_logit_softcapping") if read(f"llama.{key}"))]
+    odd += ["attention.causal"] if read("llama.attention.causal", True) is not True else []
+    faults += [f"llama.{key} is {read(f'llama.{key}')!r}: it makes another architecture of a LLaMA" for key in odd]
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
         faults.append("missing tensor token_embd.weight")

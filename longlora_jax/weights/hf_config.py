@@ -1,5 +1,6 @@
 """config.json of Hugging Face <-> ModelConfig."""
 
+import math
 import os
 import reprlib
 from collections.abc import Callable, Mapping
@@ -167,6 +168,7 @@ def config_faults(raw: Mapping[str, Any], kind: str = "llama") -> list[str]:
         faults.append(f"hidden_act is {_shown(raw['hidden_act'])}, only silu is supported")
     if raw.get("quantization_config"):
         faults.append("the weights are quantized, give a folder in float32, bfloat16 or float16")
+    faults += foreign_faults(raw)
     window = raw.get("sliding_window") if kind == "mistral" else None
     if window is not None and not _is_size(window):
         faults.append(f"sliding_window is {_shown(window)}, it must be {_WANTED[_is_size]} or null")
@@ -178,6 +180,77 @@ def config_faults(raw: Mapping[str, Any], kind: str = "llama") -> list[str]:
             "to the other, or sliding_window to null"
         )
     return faults
+
+
+def foreign_faults(raw: Mapping[str, Any]) -> list[str]:
+    """The keys of other architectures that say that the model computes something else than a LLaMA."""
+    faults = []
+    for key, neutral in _FOREIGN.items():
+        value = raw.get(key)
+        if isinstance(neutral, tuple):
+            is_neutral = any(type(value) is type(n) and value == n for n in neutral)
+        else:
+            is_neutral = neutral(value, raw)
+        if value is not None and not is_neutral:
+            what = "a mixture of experts" if "experts" in key else "another architecture"
+            faults.append(f"{key} is {_shown(value)}: it makes {what} of a LLaMA, which is not computed here")
+    return faults
+
+
+def _is_factor(value: Any, neutral: float) -> bool:
+    return type(value) in (int, float) and math.isclose(value, neutral, rel_tol=1e-4)
+
+
+def _is_head_scale(value: Any, raw: Mapping[str, Any]) -> bool:
+    return _is_size(raw.get("head_dim")) and _is_factor(value, raw["head_dim"] ** -0.5)
+
+
+def _is_head_dim(value: Any, raw: Mapping[str, Any]) -> bool:
+    return _is_size(raw.get("head_dim")) and _is_factor(value, raw["head_dim"])
+
+
+def _is_one(value: Any, raw: Mapping[str, Any]) -> bool:
+    return _is_factor(value, 1)
+
+
+def _is_root_of_layers(value: Any, raw: Mapping[str, Any]) -> bool:
+    return _is_size(raw.get("num_hidden_layers")) and _is_factor(value, raw["num_hidden_layers"] ** 0.5)
+
+
+def _is_width(value: Any, raw: Mapping[str, Any]) -> bool:
+    return _is_size(raw.get("hidden_size")) and _is_factor(value, raw["hidden_size"])
+
+
+def _all_full(value: Any, raw: Mapping[str, Any]) -> bool:
+    return isinstance(value, list) and all(kind == "full_attention" for kind in value)
+
+
+def _all_rope(value: Any, raw: Mapping[str, Any]) -> bool:
+    return isinstance(value, list) and all(type(one) in (int, bool) and one == 1 for one in value)
+
+
+def _at_most_one(value: Any, raw: Mapping[str, Any]) -> bool:
+    return type(value) is int and value <= 1
+
+
+_OFF = (False, 0, 0.0, [], {})
+# What each key is where it changes nothing: values, or a test of (value, config.json). They are of Granite, MiniCPM,
+# Cohere, Gemma, SmolLM3, Llama 4, OLMo, DeepSeek, Mixtral and encoders made of LLaMAs.
+_FOREIGN: dict[str, tuple | Callable[[Any, Mapping[str, Any]], bool]] = {
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), _is_one),
+    **dict.fromkeys(("scale_emb", "lm_head_multiplier", "embedding_scale", "residual_scale"), _is_one),
+    "attention_multiplier": _is_head_scale,
+    "query_pre_attn_scalar": _is_head_dim,
+    "scale_depth": _is_root_of_layers,
+    "dim_model_base": _is_width,
+    "layer_types": _all_full,
+    "no_rope_layers": _all_rope,
+    "is_causal": (True,),
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_parallel_residual", "parallel_attn"), _OFF),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attn_temperature_tuning"), _OFF),
+    **dict.fromkeys(("attention_chunk_size", "clip_qkv", "alibi", "is_encoder_decoder", "kv_lora_rank"), _OFF),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), _at_most_one),
+}
 
 
 def rope_faults(config: ModelConfig) -> list[str]:
