@@ -13,12 +13,12 @@ from longlora_jax.config import LoraConfig
 from longlora_jax.errors import UserError
 from longlora_jax.files import read_json
 from longlora_jax.weights import hf
+from longlora_jax.weights.habits import EMBED, without_buffers
 from longlora_jax.weights.tensors import DTYPES, Tensor
 
 SETTINGS = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # PEFT looks for them in this order
 PREFIX = "base_model.model."  # of the names in PEFT's files
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _TRAINABLE = "trainable_params.bin"
 
 _NOT_PLAIN = (
@@ -180,8 +180,7 @@ def _open_files(folder: str) -> tuple[dict[str, Tensor], list[str]]:
         plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         if len(plain) != len(tensors):
             faults.append(f"{name} has a tensor twice, with and without {PREFIX}")
-        # Old checkpoints carry the frequencies; they follow from the config.
-        table |= {key: tensor for key, tensor in plain.items() if not key.endswith("rotary_emb.inv_freq")}
+        table |= without_buffers(plain)
     for name, tensor in table.items():
         if isinstance(tensor.dtype, str):
             faults.append(f"{name} is stored as {tensor.dtype}, it must be one of {', '.join(DTYPES)}")
