@@ -24,7 +24,7 @@ from jax.errors import JaxRuntimeError
 from tqdm import tqdm
 
 from longlora_jax.errors import UserError, in_plain_words
-from longlora_jax.parallel.rendezvous import roll_call
+from longlora_jax.parallel.rendezvous import rendezvous
 
 _KEY = "longlora_jax"
 _ALONE = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")  # launchers that say here how many processes they have started
@@ -60,7 +60,7 @@ def join(
     named = coordinator or num_processes is not None or process_id is not None
     if num_processes == 1 or not named and any(os.environ.get(name) == "1" for name in _ALONE):
         return
-    # SIGTERM is for watch.py.
+    # SIGTERM is for resilience/watchdog.py.
     jax.config.update("jax_enable_preemption_service", False)
     limits: Any = {"initialization_timeout": start_seconds, "heartbeat_timeout_seconds": heartbeat_seconds}
     if named:
@@ -70,7 +70,7 @@ def join(
                 f"--coordinator={address} --num_processes={num_processes} --process_id={process_id}: give all three, "
                 "HOST:PORT of process 0, how many processes there are, and which of them this is, from 0 on"
             )
-        roll_call(address, num_processes, process_id, start_seconds)
+        rendezvous(address, num_processes, process_id, start_seconds)
         jax.distributed.initialize(
             address, num_processes, process_id, cluster_detection_method="deactivate", **limits
         )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Before jax joins the processes of a run: all come to one address, and say how many they think they are."""
+"""Rendezvous of a run's processes, before jax.distributed: all connect to process 0 and state their id and number.
+
+Ours because jax.distributed aborts a process in C++ where one is missing, or where they were given different numbers.
+"""
 
 import contextlib
 import json
@@ -8,10 +11,10 @@ import time
 from longlora_jax.errors import UserError
 
 
-def roll_call(coordinator: str, num_processes: int, process_id: int, seconds: int) -> None:
-    """Waits until all processes have come to the coordinator's address; jax would abort over one that is missing.
+def rendezvous(coordinator: str, num_processes: int, process_id: int, seconds: int) -> None:
+    """Waits until all processes have connected to the coordinator's address.
 
-    Raises UserError, the same on all that came, if one is missing after so many seconds, if they disagree about
+    Raises UserError, the same in all that connected, if one is missing after so many seconds, if they disagree about
     their number, or if two have one id.
     """
     host, _, port = coordinator.rpartition(":")
@@ -20,18 +23,18 @@ def roll_call(coordinator: str, num_processes: int, process_id: int, seconds: in
             f"--coordinator={coordinator} is not HOST:PORT: name the host of process 0 and a free port there"
         )
     if process_id:
-        fault = _answer(host.strip("[]"), int(port), [process_id, num_processes], seconds)
+        fault = _connect(host.strip("[]"), int(port), [process_id, num_processes], seconds)
     else:
-        fault = _call(int(port), num_processes, seconds)
+        fault = _serve(int(port), num_processes, seconds)
     if fault:
         raise UserError(
             f"{fault}: start each process with the same --coordinator and --num_processes and its own --process_id"
         )
 
 
-def _call(port: int, num_processes: int, seconds: int) -> str:
-    """Process 0's part of the roll call. Returns what is wrong, "" if all have come."""
-    fault, came, deadline = "", {0}, time.monotonic() + seconds
+def _serve(port: int, num_processes: int, seconds: int) -> str:
+    """Process 0 accepts the others and sends each the outcome. Returns what is wrong, "" if all have connected."""
+    fault, ids, deadline = "", {0}, time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
         try:
             dual = socket.has_dualstack_ipv6()
@@ -41,35 +44,35 @@ def _call(port: int, num_processes: int, seconds: int) -> str:
             raise UserError(
                 f"port {port} cannot be opened ({error.strerror}): give --coordinator another one"
             ) from error
-        guests = []
-        while len(came) < num_processes and not fault:
+        clients = []
+        while len(ids) < num_processes and not fault:
             server.settimeout(max(0.001, deadline - time.monotonic()))
             try:
-                guest = stack.enter_context(server.accept()[0])
+                client = stack.enter_context(server.accept()[0])
             except TimeoutError:
-                missing = ", ".join(str(i) for i in range(num_processes) if i not in came)
+                missing = ", ".join(str(i) for i in range(num_processes) if i not in ids)
                 fault = f"of {num_processes} processes, {missing} did not come within {seconds} seconds"
                 break
             try:
-                guest.settimeout(5)
-                theirs, count = json.loads(guest.makefile().readline(100))
+                client.settimeout(5)
+                client_id, count = json.loads(client.makefile().readline(100))
             except (OSError, ValueError, TypeError):
-                continue  # somebody else
-            guests.append(guest)
+                continue  # not a process of this run
+            clients.append(client)
             if count != num_processes:
-                fault = f"process {theirs} was given --num_processes={count}, process 0 {num_processes}"
-            elif theirs in came:
-                fault = f"two processes have --process_id={theirs}"
-            came.add(theirs)
-        for guest in guests:
+                fault = f"process {client_id} was given --num_processes={count}, process 0 {num_processes}"
+            elif client_id in ids:
+                fault = f"two processes have --process_id={client_id}"
+            ids.add(client_id)
+        for client in clients:
             with contextlib.suppress(OSError):
-                guest.sendall(f"{fault}\n".encode())
-                guest.recv(1)  # it hangs up first, so that the port is free for jax
+                client.sendall(f"{fault}\n".encode())
+                client.recv(1)  # the client closes first, so that the port is free for jax
     return fault
 
 
-def _answer(host: str, port: int, me: list[int], seconds: int) -> str:
-    """Another process's part of the roll call. Returns what is wrong, "" if all have come."""
+def _connect(host: str, port: int, me: list[int], seconds: int) -> str:
+    """Another process states [its id, its number] and waits for the outcome: what is wrong, "" if nothing is."""
     deadline, reason = time.monotonic() + seconds, "no answer"
     while True:
         try:

@@ -146,13 +146,13 @@ def test_what_ends_one_process_ends_all(how, quick_environment):
     ],
     ids=["all", "one is missing", "the same id", "another number"],
 )
-def test_the_roll_call(processes, fault):
+def test_the_rendezvous(processes, fault):
     """Catches: jax's abort where flags contradict each other; one of the processes that waits on."""
     address = f"localhost:{free_port()}"
 
     def come(process: int, count: int) -> str | None:
         try:
-            rendezvous.roll_call(address, count, process, seconds=1)
+            rendezvous.rendezvous(address, count, process, seconds=1)
         except UserError as error:
             return str(error)
         return None
