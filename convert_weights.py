@@ -25,7 +25,7 @@ def to_hf(args: argparse.Namespace) -> None:
     """Anything that open_model opens -> Hugging Face folder, adapters merged."""
     from longlora_jax.weights import hf, load
 
-    model = load.open_model(args.model, args.dtype, check=True)
+    model = load.open_model(load.at_step(args.model, args.step), args.dtype, check=True, base=args.base)
     hf.write_hf(args.hf_dir, model.config, model.table, tokenizer_from=model.tokenizer_dir, chat=model.chat_format())
 
 
@@ -33,7 +33,7 @@ def to_peft(args: argparse.Namespace) -> None:
     """Training workdir -> PEFT adapter, with embedding and norms where they were trained."""
     from longlora_jax.weights import converted, load, peft
 
-    run, trained = load.open_adapters(args.workdir)
+    run, trained = load.open_adapters(load.at_step(args.workdir, args.step))
     chat = load.workdir_format(args.workdir)
     if not args.base and converted.is_converted(run.init_from):
         raise errors.UserError(
@@ -88,21 +88,28 @@ def _parser() -> argparse.ArgumentParser:
         "Hugging Face folder -> converted checkpoint; called again after a stop, it goes on. Not needed for training: "
         "train.py --config.init_from=HF_DIR reads the folder itself.",
     )
-    command(
+    export = command(
         to_hf,
         ("model", "converted checkpoint, or workdir of train.py (its newest checkpoint)"),
         "hf_dir",
         "converted checkpoint or training workdir -> Hugging Face folder, adapters merged into the weights, rope "
         "scaling and window written to config.json.",
-    ).add_argument(
+    )
+    export.add_argument(
         "--dtype", **dtypes, help="dtype of the written weights (default: the one that each has, in a run its base's)"
     )
-    command(
+    export.add_argument("--step", metavar="N", help=errors.STEP_HELP)
+    export.add_argument("--base", metavar="DIR", help="where the base of the run lies by now, if it was moved")
+    adapter_out = command(
         to_peft,
         ("workdir", "workdir of train.py (its newest checkpoint)"),
         "peft_dir",
         "training workdir -> PEFT adapter with the trained embedding and norms, and the config that it needs.",
-    ).add_argument("--base", help="what the adapter names as its base (default: the folder that the run started from)")
+    )
+    adapter_out.add_argument("--step", metavar="N", help=errors.STEP_HELP)
+    adapter_out.add_argument(
+        "--base", help="what the adapter names as its base (default: the folder that the run started from)"
+    )
     adapter = command(
         from_peft,
         ("peft_dir", "folder with adapter_config.json (of PEFT, or of the original LongLoRA project), or a hub name"),

@@ -29,8 +29,9 @@ from longlora_jax.parallel import distributed, sharding
 from longlora_jax.plan import costs
 from longlora_jax.progress import progress_bar
 from longlora_jax.resilience import versions
-from longlora_jax.resilience.checkpoints import RunCheckpoints
+from longlora_jax.resilience.checkpoints import Best, RunCheckpoints
 from longlora_jax.resilience.health import Health
+from longlora_jax.resilience.lock import WorkdirLock
 from longlora_jax.resilience.watchdog import AGAIN, Watch
 from longlora_jax.training import metrics, optim, run
 from longlora_jax.training.step import TrainState, compile_train_step, jit_eval_step
@@ -52,7 +53,7 @@ _STALL = flags.DEFINE_integer(
 log = logging.getLogger("longlora_jax")
 
 
-def train(config: Config, workdir: str, watch: Watch) -> bool:
+def train(config: Config, workdir: str, watch: Watch, lock: WorkdirLock) -> bool:
     """One run, from the config to the last checkpoint, or to where the watch ends it. Returns whether it is done."""
     config, resumed = run.resolve(config, workdir)
     metrics.check_wandb(config.wandb)
@@ -69,8 +70,9 @@ def train(config: Config, workdir: str, watch: Watch) -> bool:
     state, frozen = run.initial_state(config, model, mesh)
 
     # Nothing is written before this line: whatever the user got wrong has been said by now.
-    checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints)
-    if not resumed and distributed.is_first():
+    lock.acquire()
+    checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints, keep_best=config.keep_best)
+    if distributed.is_first():  # also of a run that resumes: its parts may lie elsewhere by now
         load.write_run_config(workdir, config)
     distributed.check_shared(f"{workdir}/config.json")
     distributed.check_same("step", lambda: {"the newest checkpoint": checkpoints.latest_step()})
@@ -78,6 +80,8 @@ def train(config: Config, workdir: str, watch: Watch) -> bool:
         state, data_state = checkpoints.restore(state)
         data.set_state(data_state)
         log.info("resumed at step %d", state.step)
+    elif config.continue_from:
+        state = run.continued_state(config, state)
     start = int(state.step)
     versions.record(workdir, start)
     full_from = round(config.steps * (1 - config.attention.full_last))
@@ -89,19 +93,21 @@ def train(config: Config, workdir: str, watch: Watch) -> bool:
 
     writer = metrics.MetricsLog(workdir, start_step=start, wandb=config.wandb, config=dataclasses.asdict(config))
     schedule = optim.make_schedule(config.optim, config.steps)
-    health = Health(config.max_bad_steps, skipped=int(state.skipped))
-    bar = progress_bar(config.steps, start=start, label=Path(workdir).name, unit="step")
+    health = Health(min(config.max_bad_steps, config.steps), skipped=int(state.skipped))
 
     def place(batch):
+        run.check_ids(batch["tokens"], config)
         if not data.segmented:
             del batch["segment_ids"]  # a row is one segment: nothing to mask
         return sharding.place_batch(batch, batch_sharding, rows, config.batch_size)
 
-    batch = place(next(data)) if start < config.steps else None
-    began, tokens, logged, done, last = time.perf_counter(), 0, start, start, start == config.steps
+    last = start == config.steps or _stops_early(config, checkpoints.best)
+    batch = None if last else place(next(data))
+    began, tokens, logged, done = time.perf_counter(), 0, start, start
+    bar = progress_bar(config.steps, start=start, label=Path(workdir).name, unit="step")
     watch.begin(start)
     with checkpoints, bar:  # whatever ends the steps, the save under way is finished first
-        for step in range(start, config.steps):
+        for step in range(start, start if last else config.steps):
             if step >= full_from and state.model.pattern != FULL:
                 log.info("step %d: from here to the end under full attention (attention.full_last)", step)
                 state = state.replace(model=state.model.clone(pattern=FULL))
@@ -123,20 +129,35 @@ def train(config: Config, workdir: str, watch: Watch) -> bool:
                     "perf/step_seconds": seconds / (done - logged),
                 }
                 line |= metrics.peak_memory() | health.look(done, values)
-                writer.write(done, line | (evaluate(state, frozen) if eval_due else {}))
+                if evaluate is not None and eval_due:
+                    line |= evaluate(state, frozen)
+                    checkpoints.best.update(done, line["eval/loss"])
+                    last = last or _stops_early(config, checkpoints.best)
+                writer.write(done, line)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 health.check(done, values, data, workdir)
                 began, tokens, logged = time.perf_counter(), 0, done
             bar.update()
             ends = watch.due(done)
-            if done % config.save_every == 0 or last or ends:
+            if done % config.save_every == 0 or last or ends or (config.keep_best and checkpoints.best.step == done):
                 checkpoints.save(state, data.get_state(done))
-            if ends:
+            if ends or last:
                 break
     data.close()
     writer.close()
     log.info("%s: %d steps in %s", "done" if last else "ended early, to be started again", done, workdir)
     return last
+
+
+def _stops_early(config: Config, best: Best) -> bool:
+    """Whether so many evaluations have brought nothing better that the run ends (early_stop), and says so."""
+    if not config.early_stop or best.since < config.early_stop:
+        return False
+    log.info(
+        "%d evaluations without a lower eval/loss than %.4f of step %d: the run ends here (early_stop)",
+        *(best.since, best.loss, best.step),
+    )
+    return True
 
 
 class Evaluation:
@@ -211,8 +232,8 @@ def main(argv) -> None:
         )
         if not distributed.is_first():
             metrics.leave_talking()
-        with Watch(_STALL.value) as watch, distributed.one_end():
-            done = train(_CONFIG.value, _WORKDIR.value, watch)
+        with Watch(_STALL.value) as watch, WorkdirLock(_WORKDIR.value) as lock, distributed.one_end():
+            done = train(_CONFIG.value, _WORKDIR.value, watch, lock)
     except (UserError, OSError, MemoryError, JaxRuntimeError) as error:
         if not (reason := str(error) if isinstance(error, UserError) else in_plain_words(error)):
             raise

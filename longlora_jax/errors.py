@@ -78,6 +78,10 @@ def numbers(kind: type, least: float, most: float = math.inf):
     return read
 
 
+# Of every command that reads a run (see weights/load.at_step).
+STEP_HELP = "of a run: the checkpoint of this step, or best, that of the lowest eval/loss (default: the newest)"
+
+
 def start_logging() -> None:
     """Shows what the package has to say on standard error, and of others warnings alone."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

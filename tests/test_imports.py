@@ -25,8 +25,8 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "model": ("losses", "lora", "trainable", "on_mesh", "linear", "cache", "decoder"),
     "data": None,
     "weights": (
-        *("checksums", "hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "habits", "hf", "peft_files", "peft"),
-        *("gguf_tokenizer", "gguf", "converted", "load"),
+        *("checksums", "hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "habits", "hf"),
+        *("peft_files", "peft", "gguf_tokenizer", "gguf", "converted", "load"),
     ),
     "parallel": ("rendezvous", "sharding", "distributed"),
     "generate": ("session", "generation", "__main__"),

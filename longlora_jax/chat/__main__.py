@@ -20,6 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
+    add("--step", metavar="N", help=errors.STEP_HELP)
     host_help = "where to listen: whoever reaches it can use the page (default: %(default)s, this machine alone)"
     add("--host", default="127.0.0.1", metavar="HOST", help=host_help)
     ports = number(int, 1, 65535, wanted="from 1 to 65535")
@@ -53,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What follows takes seconds to import: faults of the call are told before.
     from longlora_jax.chat.conversation import Reader
     from longlora_jax.data.tokenizer import load_tokenizer
-    from longlora_jax.weights.load import open_model
+    from longlora_jax.weights.load import at_step, open_model
 
+    args.model = at_step(args.model, args.step)
     opened = open_model(args.model)
     tokenizer = load_tokenizer(opened.tokenizer_dir)
     from longlora_jax.chat import page

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
+FEW_STEPS = 10  # an epoch that takes so many steps is worth a line of the log each time
 AHEAD = 2  # batches that wait for their step, of this process or of each worker
 
 
@@ -84,7 +85,9 @@ class Batches:
             batch = {name: np.array(x) for name, x in batch.items()}
         self.step += 1
         for i, (before, now) in enumerate(zip(self.epochs(self.step - 1), self.epochs(self.step), strict=True)):
-            if int(now) > int(before):
+            # A corpus of a few batches ends at every step or two: then only every doubling is news.
+            ends, rare = int(now) > int(before), now - before < 1 / FEW_STEPS
+            if ends and (rare or int(now).bit_length() > int(before).bit_length()):
                 what = "the corpus" if len(self.parts) == 1 else f"corpus {i + 1} of {len(self.parts)}"
                 log.info("after step %d %s has been read %d times", self.step, what, int(now))
         return batch

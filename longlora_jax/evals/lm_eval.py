@@ -24,7 +24,7 @@ from longlora_jax.files import write_json
 from longlora_jax.generate.generation import generate, load_for_generation
 from longlora_jax.model.decoder import Llama, output_kernel
 from longlora_jax.progress import progress_bar
-from longlora_jax.weights.load import open_model
+from longlora_jax.weights.load import at_step, open_model
 
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
@@ -226,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
+    add("--step", metavar="N", help=errors.STEP_HELP)
     add("--tasks", required=True, metavar="TASK[,TASK...]", help="names of tasks, or YAML files of your own")
     add("--json", metavar="FILE", help="where to write the results")
     add("--include_path", metavar="DIR", help="a folder with further tasks")
@@ -239,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     errors.start_logging()
     check_outputs(args.json, None)
+    args.model = at_step(args.model, args.step)
     model = LongLoraLM(args.model, dtype=args.dtype, batch_size=args.batch_size, max_length=args.max_length)
     manager = TaskManager(include_path=args.include_path)
     names = args.tasks.split(",")

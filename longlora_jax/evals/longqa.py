@@ -20,6 +20,7 @@ from longlora_jax.evals.reader import Reader
 from longlora_jax.evals.results import Results
 from longlora_jax.evals.retrieval import add_model_flags, wilson
 from longlora_jax.progress import progress_bar
+from longlora_jax.weights.load import at_step
 
 
 class Question(NamedTuple):
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     errors.start_logging()
     check_outputs(args.json, args.plot)
     rows = _read(args.data)
+    args.model = at_step(args.model, args.step)
     reader = Reader(args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size)
     most = (args.max_tokens or reader.config.max_position_embeddings) - args.max_new_tokens
     prompts = {row: prompt(reader, question) for row, question in enumerate(rows)}

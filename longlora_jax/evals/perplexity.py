@@ -11,6 +11,7 @@ import numpy as np
 from longlora_jax import errors
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.attention.rope import ROPE_TYPES
+from longlora_jax.config import ModelConfig
 from longlora_jax.data import Memmap, load_tokenizer, read_text
 from longlora_jax.errors import UserError, number, numbers
 from longlora_jax.evals.command import check_outputs, note_window
@@ -26,7 +27,7 @@ from longlora_jax.evals.scoring import (
     plan_windows,
     stretch_rope,
 )
-from longlora_jax.weights.load import LoadedModel, load_model
+from longlora_jax.weights.load import LoadedModel, at_step, open_model
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
+    add("--step", metavar="N", help=errors.STEP_HELP)
     add("--data", required=True, nargs="+", metavar="FILE", help="UTF-8 texts or .bin files, one document each")
     add(
         "--bin_dtype",
@@ -117,15 +119,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     _check(args)
     texts = {path: read_text(path) for path in args.data if not path.endswith(".bin")}
-    model = load_model(args.model)
-    tokenizer = load_tokenizer(model.tokenizer_dir) if texts else None
+    args.model = at_step(args.model, args.step)
+    opened = open_model(args.model, args.dtype)
+    tokenizer = load_tokenizer(opened.tokenizer_dir) if texts else None
     documents = [
-        tokenizer.encode(texts[path]) if tokenizer and path in texts else _read_bin(path, args.bin_dtype, model)
+        tokenizer.encode(texts[path]) if tokenizer and path in texts else _read_bin(path, args.bin_dtype, opened.config)
         for path in args.data
     ]
     sizes = [len(d) for d in documents]
     override = {"rope_type": args.rope_type, "rope_factor": args.rope_factor} if args.rope_type else None
-    head = {"model": args.model, "weights": weights_of(args.model, model.tokenizer_dir), "data": args.data}
+    head = {"model": args.model, "weights": weights_of(args.model, opened.tokenizer_dir), "data": args.data}
     head |= {"data_tokens": sizes, "attention": args.attention, "dtype": args.dtype, "rope_override": override}
     if args.attention == "s2":
         head |= {"group_ratio": args.group_ratio}
@@ -138,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             longlora_windows(sizes[0], seq_len)
         else:
             plan_windows(sizes, seq_len, stride=args.stride or seq_len, offset=args.offset)
-    note_window(args.seq_len, model.config)
-    model = on_device(model, args.dtype)
+    note_window(args.seq_len, opened.config)
+    model = on_device(opened, args.dtype)
     for seq_len in args.seq_len:
         if not results.find(seq_len=seq_len):
             results.add(_evaluate(model, documents, seq_len, args))
@@ -153,9 +156,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot_perplexity(curves, args.plot, title=f"{Path(args.model).resolve().name} ({how})", window=own)
 
 
-def _read_bin(path: str, dtype: str | None, model: LoadedModel) -> np.ndarray:
+def _read_bin(path: str, dtype: str | None, config: ModelConfig) -> np.ndarray:
     """The ids [tokens] of a file of raw ids."""
-    file = Memmap(path, dtype, vocab_size=model.config.vocab_size)
+    file = Memmap(path, dtype, vocab_size=config.vocab_size)
     return file.read(0, 0, int(file.lengths[0]))[0]
 
 

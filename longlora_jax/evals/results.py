@@ -9,13 +9,16 @@ from typing import Any
 
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line, read_json, write_json
-from longlora_jax.weights.load import fingerprint, is_workdir
+from longlora_jax.weights.load import fingerprint, is_workdir, split_step
 
 log = logging.getLogger(__name__)
 
 
 def weights_of(path: str, tokenizer_dir: str) -> str:
     """What tells the weights of a model folder from others: the step of a run, or a digest."""
+    path, step = split_step(path)
+    if step is not None:
+        return f"step {step}"
     if is_workdir(path):
         steps = [int(p.name) for p in Path(path, "checkpoints").iterdir() if p.name.isdigit()]
         return f"step {max(steps)}"

@@ -22,6 +22,7 @@ from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import TEMPLATES, TOKENS_AT_ONCE, Reader
 from longlora_jax.evals.results import Results
 from longlora_jax.progress import progress_bar
+from longlora_jax.weights.load import at_step
 
 Z = 1.959964  # of the normal distribution, for 95%
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -88,6 +89,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every command that lets a model answer."""
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
+    add("--step", metavar="N", help=errors.STEP_HELP)
     add("--json", metavar="FILE", help="where to write the results, and where to find those of an earlier call")
     add("--plot", metavar="FILE.png", help="where to draw them")
     template_help = "ask through the tokenizer's chat template, or not (default: auto, where there is one)"
@@ -118,6 +120,7 @@ def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | Non
     """
     errors.start_logging()
     check_outputs(args.json, args.plot)
+    args.model = at_step(args.model, args.step)
     reader = Reader(args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size)
     head = {"task": task.name, "model": args.model, "weights": reader.weights, "dtype": args.dtype}
     head |= {"template": reader.template, "seed": args.seed}

@@ -18,7 +18,7 @@ from longlora_jax.files import check_writable, write_json
 from longlora_jax.generate.generation import common_prefix, load_for_generation, prompt_ids
 from longlora_jax.generate.session import SEEDS, Sampling, Session, complete
 from longlora_jax.progress import progress_bar
-from longlora_jax.weights.load import open_model
+from longlora_jax.weights.load import at_step, open_model
 
 MOST = 10**9  # of what can be counted on the command line: two of them are an int32
 
@@ -33,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
+    add("--step", metavar="N", help=errors.STEP_HELP)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text")
     prompt.add_argument("--prompt_file", metavar="FILE", help="a UTF-8 file with the text")
@@ -110,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     text = _check(args)
     args.sinks = (4 if args.sinks is None else args.sinks) if args.window else 0
+    args.model = at_step(args.model, args.step)
     opened = open_model(args.model)
     tokenizer = load_tokenizer(opened.tokenizer_dir)
     chat = opened.chat_format()

@@ -138,7 +138,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(texts[:-1], 1):
         try:
-            line = parse_numbers(text)
+            line = {name: math.nan if value is None else value for name, value in parse_numbers(text).items()}
             step = line["step"]
             if type(step) is not int or step < 0 or not all(isinstance(v, int | float) for v in line.values()):
                 raise ValueError

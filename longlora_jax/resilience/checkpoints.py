@@ -1,14 +1,18 @@
 """The checkpoints of a run: saved while it goes on, complete or absent, and never read when they are damaged."""
 
 import contextlib
+import dataclasses
 import logging
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line
@@ -17,25 +21,47 @@ from longlora_jax.weights.load import readable
 
 log = logging.getLogger("longlora_jax")
 
+BEST = "best"  # beside the position in the data: Best, as a dict
 _SAVE_SECONDS = 1200  # a save that takes longer has failed
+
+
+@dataclass
+class Best:
+    """The lowest eval/loss of a run, the step that had it, and how many evaluations have come since."""
+
+    step: int = 0
+    loss: float = math.inf
+    since: int = 0
+
+    def update(self, step: int, loss: float) -> bool:
+        """Takes in an evaluation; returns whether it is the best so far."""
+        better = loss < self.loss  # never, for NaN
+        self.step, self.loss, self.since = (step, loss, 0) if better else (self.step, self.loss, self.since + 1)
+        return better
 
 
 class RunCheckpoints:
     """The checkpoints/ of a workdir: saved asynchronously, complete or absent, the newest few kept.
 
     Each has the digests of its files, and is compared with them before it is read. Half of a save, left by a process
-    that was killed, is removed here.
+    that was killed, is removed here, unless read_only: then nothing in the folder is changed.
+    best: of the evaluations so far, saved and restored with the state. keep_best: its step is kept as well.
     """
 
-    def __init__(self, workdir: str, *, keep: int = 2):
+    def __init__(self, workdir: str, *, keep: int = 2, keep_best: bool = False, read_only: bool = False):
         self._folder = Path(workdir).absolute() / "checkpoints"
         self._saving: int | None = None
+        self.best = Best()
+        if read_only:
+            self._manager = ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions(read_only=True))
+            return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self._folder} cannot be made ({error.strerror}): choose another --workdir") from error
+        kept = [policies.LatestN(keep), *([_Keep(self)] if keep_best else [])]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             # orbax calls it in its own thread when all files are written, before it gives their folder its name.
             async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS, post_finalization_callback=self._seal),
@@ -51,7 +77,8 @@ class RunCheckpoints:
 
         Raises UserError if that one or this one could not be written.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), data=ocp.args.JsonSave(data_state))
+        beside = data_state | ({BEST: dataclasses.asdict(self.best)} if self.best.step else {})
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), data=ocp.args.JsonSave(beside))
         with self._written():
             self._manager.wait_until_finished()
             self._saving = int(state.step)
@@ -77,7 +104,9 @@ class RunCheckpoints:
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=args)
-            return state.replace(**restored["state"]), restored["data"]
+            data_state = dict(restored["data"])
+            self.best = Best(**data_state.pop(BEST, {}))
+            return state.replace(**restored["state"]), data_state
 
     def __enter__(self) -> "RunCheckpoints":
         return self
@@ -120,6 +149,17 @@ class RunCheckpoints:
         steps = {int(path.name) for path in self._folder.iterdir() if path.name.isdigit()}
         earlier = sorted((step for step in steps if before is None or step < before), reverse=True)
         return next((step for step in earlier if not checksums.faults(self._folder / str(step))), None)
+
+
+@dataclass
+class _Keep(policies.PreservationPolicy):
+    """Keeps the best step of a run's checkpoints."""
+
+    checkpoints: RunCheckpoints
+
+    def should_preserve(self, checkpoints, *, context):
+        del context
+        return [info.step == self.checkpoints.best.step for info in checkpoints]
 
 
 def _goes_on(step: int | None) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import secrets
 import sys
 from pathlib import Path
@@ -62,10 +63,11 @@ class MetricsLog:
         self._events = SummaryWriter(workdir, purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes one object: {"step": step, **values}."""
+        """Writes one object: {"step": step, **values}; null, which JSON has, for a number that is not finite."""
         if not self._on:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)

@@ -34,6 +34,7 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
             b2=config.beta2,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            mask=None if config.decay_norms else _decays,
         ),
     )
     rates = own_rates(config)
@@ -46,6 +47,16 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
     scale = optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(at_own_rate, updates))
     return optax.chain(steps_of_adamw, scale)
+
+
+def _decays(params):
+    """Which leaves weight decay pulls to zero: matrices. A norm's scale belongs near 1, a bias where it is."""
+
+    def matrix(path, _):
+        names = tuple(key.key for key in path)
+        return group_of(names) != "norm" and names[-1] != "bias"
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
 
 
 def own_rates(config: OptimConfig) -> dict[str, float]:

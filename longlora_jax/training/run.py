@@ -147,7 +147,9 @@ def continued_state(config: Config, state: TrainState) -> TrainState:
     """The state at step 0 with the trained weights and AdamW's moments of config.continue_from's newest checkpoint."""
     earlier = load.read_run_config(config.continue_from)
     optimizer = optim.make_optimizer(earlier.optim, earlier.steps)
-    like = state.replace(optimizer=optimizer, opt_state=optimizer.init(state.trainable))
+    moments = optimizer.init(state.trainable)
+    moments = jax.tree.map(lambda x: x if x.committed else jax.device_put(x, state.step.sharding), moments)
+    like = state.replace(optimizer=optimizer, opt_state=moments)
     saved, _ = RunCheckpoints(config.continue_from, read_only=True).restore(like)
     moments = next(x for x in jax.tree.leaves(saved.opt_state, is_leaf=_is_adam) if _is_adam(x))
     opt_state = jax.tree.map(lambda x: moments if _is_adam(x) else x, state.opt_state, is_leaf=_is_adam)

@@ -107,8 +107,8 @@ def check_base(workdir: str, config: Config) -> None:
         return
     if not Path(config.init_from).is_dir():
         raise UserError(
-            f"{workdir} was started from {config.init_from}, which is gone: put the base model back there, or say where "
-            "it is now (train.py --config.init_from=DIR, convert_weights.py to-hf --base DIR)"
+            f"{workdir} was started from {config.init_from}, which is gone: put the base back, or say where it is "
+            "now (train.py --config.init_from=DIR, convert_weights.py to-hf --base DIR)"
         )
     if fingerprint(config.init_from) != saved:
         raise UserError(
@@ -120,6 +120,39 @@ def check_base(workdir: str, config: Config) -> None:
 def is_workdir(path: str) -> bool:
     """Whether a folder is the workdir of a training run."""
     return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").is_file()
+
+
+def split_step(path: str) -> tuple[str, int | None]:
+    """(WORKDIR, STEP) of WORKDIR/checkpoints/STEP, a checkpoint of a run; (path, None) of every other path."""
+    folder = Path(path)
+    if folder.name.isdigit() and folder.parent.name == "checkpoints" and is_workdir(str(folder.parent.parent)):
+        return str(folder.parent.parent), int(folder.name)
+    return path, None
+
+
+def at_step(workdir: str, step: str | None) -> str:
+    """The path of a run's checkpoint as open_model takes it; step: a number, "best" (of eval/loss) or None, the newest.
+
+    Raises UserError if the run has no such checkpoint any more.
+    """
+    if step is None:
+        return workdir
+    if not is_workdir(workdir):
+        raise UserError(f"--step {step} is of a run, and {workdir} is no workdir of train.py: leave it out")
+    kept = sorted(int(p.name) for p in Path(workdir, "checkpoints").iterdir() if p.name.isdigit())
+    found = step
+    if step == "best":
+        beside = [p for p in (Path(workdir, "checkpoints", str(s), "data", "metadata") for s in kept) if p.is_file()]
+        found = str(read_json(str(beside[-1])).get("best", {}).get("step", "")) if beside else ""
+        if not found:
+            raise UserError(f"{workdir} has no evaluation by which a step is best: set eval.every, or give --step N")
+    if not found.isdigit() or int(found) not in kept:
+        best = f", not {found}" if step == "best" else ""
+        raise UserError(
+            f"--step {step}: {workdir} keeps {', '.join(map(str, kept)) or 'no checkpoint'}{best}: take one of them "
+            "(keep_checkpoints and keep_best say which stay)"
+        )
+    return str(Path(workdir, "checkpoints", found))
 
 
 @contextlib.contextmanager
@@ -164,17 +197,19 @@ def workdir_format(workdir: str) -> ChatFormat:
     return run_format((config.data, *config.mixture), config.init_from)
 
 
-def open_model(path: str, dtype: str | None = None, *, check: bool = False) -> OpenModel:
-    """Opens a Hugging Face folder (or a name of the hub), a converted checkpoint or a workdir's newest checkpoint.
+def open_model(path: str, dtype: str | None = None, *, check: bool = False, base: str | None = None) -> OpenModel:
+    """Opens a Hugging Face folder (or a name of the hub), a converted checkpoint, or a checkpoint of a run.
+
+    That is a workdir's newest one, or the one of WORKDIR/checkpoints/STEP; base: where the run's base lies by now.
 
     Adapters are merged when a tensor is read: summed in float32 and rounded once, to dtype (a key of DTYPES).
     None leaves every tensor in the dtype that it has on disk; what a run trained takes its base's.
     check: compare the tensors of a converted checkpoint with their digests when they are read, and the files of a
     run's checkpoint with theirs now.
     """
-    path = hub.local_folder(path, what=_FOLDERS)
+    path, step = split_step(hub.local_folder(path, what=_FOLDERS))
     if is_workdir(path):
-        config, table, tokenizer_dir = _open_workdir(path, dtype, check)
+        config, table, tokenizer_dir = _open_workdir(path, step, dtype, check, base)
     elif (Path(path) / "params").is_dir():
         (config, table), tokenizer_dir = _open_params(path, check), path
     else:
@@ -186,11 +221,12 @@ def open_model(path: str, dtype: str | None = None, *, check: bool = False) -> O
 
 def load_model(path: str) -> LoadedModel:
     """Loads whatever open_model opens into memory, the adapters of a workdir apart from their kernels."""
-    path = hub.local_folder(path, what=_FOLDERS)
+    path, step = split_step(hub.local_folder(path, what=_FOLDERS))
     if not is_workdir(path):
         config, table, tokenizer_dir, _ = open_model(path)
         return LoadedModel(config, build_params(config, table), None, tokenizer_dir)
-    config, model, trained, base = _open_run(path)
+    config, model, trained = _open_run(path, step)
+    base = _open_base(path, config)
     trained = jax.tree.map(np.asarray, trained)
     lora = config.lora if config.mode != "full" else None
     frozen = {}
@@ -202,9 +238,10 @@ def load_model(path: str) -> LoadedModel:
 
 def open_adapters(workdir: str) -> tuple[Config, dict]:
     """The config of a run and what its newest checkpoint trained: adapters, and with them embedding and norms."""
+    workdir, step = split_step(workdir)
     if not is_workdir(workdir):
         raise UserError(f"{workdir} is not a workdir of train.py: only there are adapters apart from their model")
-    config, _, trained, _ = _open_run(workdir)
+    config, _, trained = _open_run(workdir, step)
     if config.mode == "full":
         raise UserError(f"{workdir} trained every weight (mode=full), there is no adapter: use to-hf")
     return config, trained
@@ -220,8 +257,15 @@ def _open_params(path: str, check: bool) -> tuple[ModelConfig, dict[str, Tensor]
     return config, table
 
 
-def _open_workdir(path: str, dtype: str | None, check: bool) -> tuple[ModelConfig, dict[str, Tensor], str]:
-    config, model, trained, base = _open_run(path, check)
+def _open_workdir(
+    path: str, step: int | None, dtype: str | None, check: bool, moved: str | None
+) -> tuple[ModelConfig, dict[str, Tensor], str]:
+    config, model, trained = _open_run(path, step, check)
+    if moved:
+        there = hub.local_folder(moved)
+        tokenizer = there if config.data.tokenizer == config.init_from else config.data.tokenizer
+        config = replace(config, init_from=there, data=replace(config.data, tokenizer=tokenizer))
+    base = _open_base(path, config, check)
     table = dict(base) | params_table(model, trained)
     if config.mode != "full":
         table = merge_table(table, adapters_of(model, trained, config.lora.scale))
@@ -229,22 +273,27 @@ def _open_workdir(path: str, dtype: str | None, check: bool) -> tuple[ModelConfi
     return model, cast_table(table, kinds.__getitem__), _tokenizer_of(config)
 
 
-def _open_run(path: str, check: bool = False) -> tuple[Config, ModelConfig, dict, dict[str, Tensor]]:
-    """(config, model, what was trained, tensors of the base) of a run's newest checkpoint, nothing read yet."""
+def _open_run(path: str, step: int | None, check: bool = False) -> tuple[Config, ModelConfig, dict]:
+    """(config, model, what was trained) of a run's checkpoint, the newest for None; nothing read yet."""
     config = read_run_config(path)
     assert config.model is not None  # a run is saved resolved
     checkpoints = Path(path).absolute() / "checkpoints"
-    with ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step()
+    if step is None:
+        with ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+            step = manager.latest_step()
     if step is None:
         raise UserError(f"{path} has no complete checkpoint yet: train it further, or name another folder")
     if check and (faults := checksums.faults(checkpoints / str(step))):
         raise _damaged(checkpoints / str(step), faults[0])
-    base = {}
-    if config.mode != "full":
-        check_base(path, config)
-        base = open_model(config.init_from, check=check).table
-    return config, config.model, _saved_tree(checkpoints / str(step) / "state", "trainable"), base
+    return config, config.model, _saved_tree(checkpoints / str(step) / "state", "trainable")
+
+
+def _open_base(workdir: str, config: Config, check: bool = False) -> dict[str, Tensor]:
+    """The tensors of a run's base; none where every weight was trained."""
+    if config.mode == "full":
+        return {}
+    check_base(workdir, config)
+    return open_model(config.init_from, check=check).table
 
 
 def _tokenizer_of(config: Config) -> str:

@@ -335,7 +335,7 @@ def test_a_kind_that_replaces_another_is_said(caplog):
 
 
 def test_kept_rope_has_the_window_that_is_trained():
-    """Catches: rope.type=keep that leaves the old window in config.json, so that generation refuses what was trained."""
+    """Catches: rope.type=keep that leaves the old window in config.json, and generation that refuses more."""
     model = tiny_config(max_position_embeddings=16)
     config = Config(seq_len=32, steps=1, rope=RopeConfig(type="keep"))
     kept = run.extend_model(model, config)

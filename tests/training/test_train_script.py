@@ -253,12 +253,12 @@ def test_a_workdir_is_of_one_run(train, fake, home, tmp_path, capsys):
         ]
         assert stop.value.code == 2 and len(err) == 1 and err[0].startswith("error: ") and message in err[0]
 
-    refused(dataclasses.replace(config, seed=1), workdir, "a run with another seed: choose a new --workdir")
+    refused(dataclasses.replace(config, seed=1), workdir, "a run with another seed: give the config that it was")
     weights = tmp_path / "base" / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    refused(config, workdir, "changed since")
+    refused(config, workdir, "are not those that")
     assert tree_digest(workdir) == before
     base = tree_digest(tmp_path / "base")
     refused(config, tmp_path / "base", "holds the config.json of something else than a run")
