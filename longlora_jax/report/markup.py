@@ -1,12 +1,9 @@
-"""HTML that escapes what it is given, and the look of the page."""
+"""HTML tags, in which markupsafe escapes what is not Html yet, and the look of the page."""
 
-import html
 from typing import Any
 
-
-class Html(str):
-    """Text that is HTML already; every other text is escaped on its way into a tag."""
-
+from markupsafe import Markup as Html
+from markupsafe import escape
 
 _VOID = {"meta"}
 
@@ -19,16 +16,13 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Html:
     words = [name]
     for key, value in attributes.items():
         if value is not None:
-            words.append(f'{key.strip("_").replace("_", "-")}="{html.escape(str(value))}"')
-    head = f"<{' '.join(words)}>"
-    return Html(head if name in _VOID else f"{head}{join(children)}</{name}>")
+            words.append(f'{key.strip("_").replace("_", "-")}="{escape(value)}"')
+    head = Html(f"<{' '.join(words)}>")
+    return head if name in _VOID else head + _join(children) + Html(f"</{name}>")
 
 
-def join(children: Any) -> Html:
-    """Children one after the other, as HTML."""
-    if isinstance(children, list | tuple):
-        return Html("".join(join(child) for child in children))
-    return children if isinstance(children, Html) else Html(html.escape(str(children)))
+def _join(children: Any) -> Html:
+    return Html().join(_join(child) if isinstance(child, list | tuple) else child for child in children)
 
 
 def table(head: list[Any], rows: list[list[Any]], **attributes: Any) -> Html:
@@ -61,7 +55,7 @@ def page(title: str, body: list[Html]) -> Html:
         tag("title", title),
         tag("style", Html(_STYLE)),
     )
-    return Html("<!doctype html>\n" + tag("html", head, tag("body", tag("main", body)), lang="en") + "\n")
+    return Html("<!doctype html>\n") + tag("html", head, tag("body", tag("main", body)), lang="en") + "\n"
 
 
 # Colours of runs: of the palettes of Okabe and Ito and of Tol, darkened (or, on black, lightened) until text in them
