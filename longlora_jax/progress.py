@@ -1,4 +1,4 @@
-"""Progress of long work on standard error."""
+"""Progress of long work on standard error: tqdm, set up once for a terminal and for a log file."""
 
 import sys
 

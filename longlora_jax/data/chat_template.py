@@ -1,7 +1,9 @@
-"""The chat template of a tokenizer's folder, rendered as transformers renders it, without transformers.
+"""The chat template of a tokenizer's folder: Jinja's sandbox as transformers sets it up, and limits that both lack.
 
-Templates come with models from strangers: they are programs in Jinja's sandbox, under limits of time, of the length of
-what they write, and of what one step of them makes.
+Ours because processes that read data load no transformers, and because templates come with models from strangers:
+Jinja's ImmutableSandboxedEnvironment keeps a program from the machine, but not from taking all of its time and memory.
+ChatTemplate, load_chat_template, _Generation, _Namespace, _raise and _tojson are what transformers does (tests compare
+the two); all else limits time, the length of what is written, and what one step makes.
 """
 
 import json

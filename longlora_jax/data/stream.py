@@ -1,4 +1,8 @@
-"""Tokens as they come, shown as text: only whole characters, and nothing of a stop string."""
+"""Tokens as they come, shown as text: only whole characters, and nothing of a stop string.
+
+Ours beside DecodeStream of the library tokenizers, because that holds broken characters back without limit, cannot be
+told that the text ends, and knows no stop strings.
+"""
 
 from collections.abc import Sequence
 

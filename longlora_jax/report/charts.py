@@ -1,4 +1,9 @@
-"""Charts as inline SVG: lines with a direct label at their end, and heat tables."""
+"""Charts as inline SVG: lines with a direct label at their end, and heat tables.
+
+Ours because an SVG of matplotlib (which draws evals/plots.py) cannot stand in this page: its colours are fixed, where
+these follow the page's light or dark ones; its points have no titles; it links to its own parts, which a page that
+fetches nothing had better not; it is three times as large. And a report starts without matplotlib's second of imports.
+"""
 
 import itertools
 import math

@@ -1,6 +1,8 @@
 """Tensors in files, read when they are asked for: the safetensors format, both ways.
 
 A model of any size is handled as a table {name: Tensor}: nothing is held but the tensor in hand.
+Ours beside the library safetensors, because that copies a tensor of which a host needs a few rows (here it is mapped),
+writes from memory alone, and takes a file whose header is 100 MB or has a name twice.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Files that torch.save wrote, read without torch: nothing of theirs is run, no weight is read before it is used.
 
-A file is a zip archive of stored entries: FOLDER/data/KEY, the bytes of a storage, and FOLDER/data.pkl, a pickle:
-a small program that describes the tensors. The interpreter below knows its few names, and imports and calls none.
-Format: torch/serialization.py and torch/_utils.py of PyTorch 1.6 to 2.13; the opcodes are those of pickletools.
+Ours because torch is no dependency (gigabytes, for a format that safetensors replaces), and pickle runs what it reads.
+A file is a zip archive of stored entries: FOLDER/data/KEY, the bytes of a storage, and FOLDER/data.pkl, a pickle, whose
+few names the interpreter below knows; it calls none. Format: torch/serialization.py, torch/_utils.py of 1.6 to 2.13.
 """
 
 import io
