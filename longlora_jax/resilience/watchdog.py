@@ -1,4 +1,4 @@
-"""What ends a run before its last step: SIGTERM, which saves first, and a standstill, which nobody else would notice.
+"""What ends a run before its last step: SIGTERM or Ctrl-C, which save first, and a standstill, unnoticed otherwise.
 
 Both end it with exit code 75, and the same command goes on from the newest checkpoint.
 """
@@ -19,6 +19,7 @@ log = logging.getLogger("longlora_jax")
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, start it again
 _POLL_SECONDS = 0.5
+_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 _GRACE_SECONDS = 600  # to save after SIGTERM; most schedulers send SIGKILL long before
 _HERE = str(Path(__file__).parents[2])
 
@@ -41,7 +42,7 @@ class Watch:
         # the signal goes into a pipe at once.
         self._pipe, pipe = os.pipe()
         os.set_blocking(pipe, False)
-        self._handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
         self._fd = signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -52,10 +53,11 @@ class Watch:
         self._thread.join()
         os.close(signal.set_wakeup_fd(self._fd))
         os.close(self._pipe)
-        signal.signal(signal.SIGTERM, self._handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def begin(self, step: int) -> None:
-        """From here on, so many are done already: SIGTERM waits for the next step, and it must come in time."""
+        """From here on, so many are done already: signals wait for the next step, and it must come in time."""
         with self._deciding:
             self._step, self._deadline = step, time.monotonic() + self._stall_seconds
 
@@ -70,20 +72,21 @@ class Watch:
     def _watch(self) -> None:
         while not self._over.is_set():
             if select.select([self._pipe], [], [], _POLL_SECONDS)[0]:
-                for _ in range(os.read(self._pipe, 64).count(signal.SIGTERM)):
-                    self._terminate()
+                for number in os.read(self._pipe, 64):
+                    if number in _SIGNALS:
+                        self._terminate(_SIGNALS[signal.Signals(number)])
             if self._last is None and distributed.is_stop_asked():
                 self._decide()
             if time.monotonic() > self._deadline:
                 self._stand_still()
 
-    def _terminate(self) -> None:
+    def _terminate(self, name: str) -> None:
         if self._step is None:
-            distributed.end_all("SIGTERM before the first step: nothing to save, start the same command again", AGAIN)
+            distributed.end_all(f"{name} before the first step: nothing to save, start the same command again", AGAIN)
         if self._asked:
-            distributed.end_all("a second SIGTERM: ended without waiting for the save, start the same command again to "
+            distributed.end_all(f"a second {name}: ended without waiting for the save, start the same command again to "
                                 "go on from the newest checkpoint", AGAIN)  # fmt: skip
-        log.info("SIGTERM: saving after this step")
+        log.info("%s: saving after this step", name)
         self._asked, self._deadline = True, time.monotonic() + _GRACE_SECONDS
         distributed.ask_to_stop()
         self._decide()
@@ -98,7 +101,11 @@ class Watch:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         ours = [f for f in traceback.extract_stack(frame) if f.filename.startswith(_HERE)]
         where = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno}: {ours[-1].line})" if ours else ""
-        seconds = f"{_GRACE_SECONDS:g} seconds after SIGTERM" if self._asked else f"{self._stall_seconds:g} seconds"
+        seconds = (
+            f"{_GRACE_SECONDS:g} seconds after it was asked to end"
+            if self._asked
+            else f"{self._stall_seconds:g} seconds"
+        )
         distributed.end_all(
             f"step {self._step} is done, and nothing has moved for {seconds}{where}: look at the disks and the other "
             "hosts, or raise --stall_seconds; the same command goes on from the newest checkpoint",

@@ -67,8 +67,10 @@ def test_one_host_is_told_and_all_save_the_same_step(home, quick_environment, tm
     assert "error" not in launched.output()
 
 
-def watched(how: str, signals: int = 0, *, stall: float = 60, grace: float = 60) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of tests/helpers/watched.py after so many SIGTERMs."""
+def watched(
+    how: str, signals: int = 0, *, stall: float = 60, grace: float = 60, number=signal.SIGTERM
+) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of tests/helpers/watched.py after so many signals."""
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "watched.py"), how, str(stall), str(grace)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
@@ -76,7 +78,7 @@ def watched(how: str, signals: int = 0, *, stall: float = 60, grace: float = 60)
         assert process.poll() is None, process.communicate()
     for _ in range(signals):
         time.sleep(0.7)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
     out, err = process.communicate(timeout=30)
     return process.returncode, out, err
 
@@ -87,10 +89,27 @@ def watched(how: str, signals: int = 0, *, stall: float = 60, grace: float = 60)
         ("ending", 1, {}, ""),
         ("loading", 1, {}, "error: SIGTERM before the first step: nothing to save"),
         ("hanging", 2, {}, "error: a second SIGTERM: ended without waiting for the save"),
-        ("hanging", 1, {"grace": 0.5}, "error: step 2 is done, and nothing has moved for 0.5 seconds after SIGTERM"),
+        (
+            "hanging",
+            1,
+            {"grace": 0.5},
+            "error: step 2 is done, and nothing has moved for 0.5 seconds after it was asked to end",
+        ),
+        ("ending", 1, {"number": signal.SIGINT}, ""),
+        ("loading", 1, {"number": signal.SIGINT}, "error: Ctrl-C before the first step: nothing to save"),
+        ("hanging", 2, {"number": signal.SIGINT}, "error: a second Ctrl-C: ended without waiting for the save"),
         ("hanging", 0, {"stall": 1}, "error: step 2 is done, and nothing has moved for 1 seconds"),
     ],
-    ids=["ends", "before the first step", "twice", "a save that hangs", "a standstill"],
+    ids=[
+        "ends",
+        "at the start",
+        "twice",
+        "a save that hangs",
+        "Ctrl-C",
+        "Ctrl-C at the start",
+        "Ctrl-C twice",
+        "a standstill",
+    ],
 )
 def test_nothing_hangs_for_good(how, signals, limits, said):
     """Catches: SIGTERM that waits for a line of Python which never comes; a standstill that nobody ends or explains."""
