@@ -19,9 +19,10 @@ from longlora_jax.errors import UserError
 from longlora_jax.evals.perplexity import evaluate, on_device, stretch_rope
 from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.files import write_json
-from longlora_jax.weights.load import LoadedModel, load_model
+from longlora_jax.weights.load import OpenModel, open_model
 
 BASE = "models/tiny-python-llama"
+DTYPE = "float32"
 LENGTHS = (256, 512, 1024, 2048)
 TRAININGS = (
     ("quickstart", "extended", "extend the window to 2,048 tokens with LongLoRA (2 to 3 minutes)"),
@@ -74,7 +75,7 @@ def evaluate_all(folder: Path, scored_tokens: int) -> dict[str, list[dict]]:
 
     scored_tokens: how much of each held-out file; the same tokens at every length.
     """
-    base, control, extended = (load_model(str(p)) for p in (BASE, folder / "control", folder / "extended-hf"))
+    base, control, extended = (open_model(str(p), DTYPE) for p in (BASE, folder / "control", folder / "extended-hf"))
     tokenizer = load_tokenizer(BASE)
     documents = [tokenizer.encode(d.text)[:scored_tokens] for d in read_documents("python", "", only=HELD_OUT)]
     rows = {BASE_ROW: (base, None)}
@@ -83,9 +84,9 @@ def evaluate_all(folder: Path, scored_tokens: int) -> dict[str, list[dict]]:
     return {name: _evaluate_row(name, model, kind, documents) for name, (model, kind) in rows.items()}
 
 
-def _evaluate_row(name: str, model: LoadedModel, rope_type: str | None, documents) -> list[dict]:
+def _evaluate_row(name: str, opened: OpenModel, rope_type: str | None, documents) -> list[dict]:
     """A model at all lengths; an untrained scaling is the one for the longest length, as a user would set it."""
-    model = on_device(model, "float32")
+    model = on_device(opened, DTYPE)
     if rope_type:
         model = dataclasses.replace(model, config=stretch_rope(model.config, max(LENGTHS), rope_type))
     results = [evaluate(model, documents, t, label=f"{name}, {t:,} tokens") for t in LENGTHS]

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.attention.rope import extend_rope
@@ -24,9 +23,9 @@ from longlora_jax.config import MeshConfig, ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes, output_kernel
 from longlora_jax.model.on_mesh import token_nll_on_mesh
-from longlora_jax.parallel.sharding import make_mesh, weight_shardings
+from longlora_jax.parallel.sharding import make_mesh, place_weights, weight_shardings
 from longlora_jax.progress import progress_bar
-from longlora_jax.weights.load import LoadedModel
+from longlora_jax.weights.load import LoadedModel, OpenModel
 
 BLOCK = 256  # neighbouring targets that standard_error takes for one observation
 LONGLORA_STRIDE = 256  # sliding_window in LongLoRA's eval.py
@@ -66,21 +65,17 @@ def plan_windows(
     return windows[:max_windows]
 
 
-def on_device(model: LoadedModel, dtype: str) -> LoadedModel:
-    """The model in dtype with adapters merged, every weight cut over all devices; cheap where that is so already."""
-    # Cast first: a merged kernel that is rounded to bfloat16 is not what was trained.
-    params = jax.tree.map(lambda x: (x if isinstance(x, jax.Array) else np.asarray(x)).astype(dtype), model.params)
-    model = dataclasses.replace(model, params=_place(params, model.config, _mesh_for(model.config, 1)))
-    return dataclasses.replace(model, params=model.merged(), lora=None)
+def on_device(model: OpenModel, dtype: str) -> LoadedModel:
+    """The model in dtype, read onto all devices tensor by tensor, every weight cut over them."""
+    where = _shardings(model.config, _mesh_for(model.config, 1))
+    dtypes = jax.tree.map(lambda _: jnp.dtype(dtype), where)
+    params = place_weights(model.config, model.table, where, dtypes)
+    return LoadedModel(model.config, params, None, model.tokenizer_dir)
 
 
-def _place(params, config: ModelConfig, mesh: Mesh):
-    """Weights where a mesh wants them; adapters, which are small, on every device."""
+def _shardings(config: ModelConfig, mesh: Mesh):
     llama = Llama(config)
-    where = weight_shardings(mesh, logical_axes(llama), abstract_params(llama))
-    where = dict(jax.tree_util.tree_leaves_with_path(where))
-    everywhere = NamedSharding(mesh, P())
-    return jax.tree_util.tree_map_with_path(lambda path, x: jax.device_put(x, where.get(path, everywhere)), params)
+    return weight_shardings(mesh, logical_axes(llama), abstract_params(llama))
 
 
 def _mesh_for(config: ModelConfig, seq_len: int) -> Mesh:
@@ -120,8 +115,7 @@ def evaluate(
 
     documents: token ids [tokens] of each; dtype: of weights and activations (sums are float32 and wider);
     batch_size: rows of a forward pass (None: TOKENS_AT_ONCE tokens), which changes speed and memory only; label: of
-    the progress bar on standard error, None for "T tokens". To evaluate one model at many lengths give it as
-    on_device(model, dtype), or each call copies the weights again.
+    the progress bar on standard error, None for "T tokens". A model of on_device(model, dtype) is not copied again.
     Returns one object of "results" in the JSON of the command. Raises UserError.
     """
     stride = seq_len if stride is None else stride
@@ -221,7 +215,9 @@ def _nll_of_windows(
         )
     mesh = _mesh_for(model.config, seq_len)
     llama = Llama(model.config, pattern=pattern, dtype=jnp.dtype(dtype), mesh=mesh)
-    params = _place(on_device(model, dtype).params, model.config, mesh)
+    # Cast first: a merged kernel that is rounded to bfloat16 is not what was trained.
+    cast = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(dtype), model.params))
+    params = jax.device_put(cast.merged(), _shardings(model.config, mesh))
     rows = min(batch_size or max(TOKENS_AT_ONCE // seq_len, 1), len(windows))
     with progress_bar(len(windows), label=label or f"{seq_len:,} tokens", unit="window") as bar:
         for first in range(0, len(windows), rows):

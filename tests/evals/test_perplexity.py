@@ -19,7 +19,8 @@ from longlora_jax.evals import perplexity
 from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.evals.scoring import evaluate, on_device, plan_windows, standard_error
 from longlora_jax.model.decoder import Llama, abstract_params
-from longlora_jax.weights.load import LoadedModel, load_model
+from longlora_jax.model.lora import merge_lora
+from longlora_jax.weights.load import LoadedModel, open_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -57,7 +58,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return on_device(load_model(str(folder)), "float32")
+    return on_device(open_model(str(folder)), "float32")
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,8 @@ def test_adapters_are_part_of_the_model(model, documents):
     logits = jax.jit(llama.apply)({"params": params}, documents[0][None, :16])[0]
     nll = -jax.nn.log_softmax(logits)[np.arange(15), documents[0][1:16]]
     np.testing.assert_allclose(result["nll"], nll.mean(), rtol=1e-5)
-    plain = evaluate(LoadedModel(model.config, params, None, ""), documents, 16, max_windows=1)
+    without = merge_lora(params, LoraConfig(rank=2, alpha=1e-9))
+    plain = evaluate(LoadedModel(model.config, without, None, ""), documents, 16, max_windows=1)
     assert abs(plain["nll"] - result["nll"]) > 1e-3
 
 

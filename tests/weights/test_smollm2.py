@@ -22,7 +22,7 @@ from longlora_jax.model.decoder import Llama
 from longlora_jax.weights import hf
 from longlora_jax.weights.converted import open_converted, write_converted
 from longlora_jax.weights.gguf import load_gguf
-from longlora_jax.weights.load import load_model, open_model
+from longlora_jax.weights.load import open_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(folder):
-    return on_device(load_model(folder), "float32")
+    return on_device(open_model(folder), "float32")
 
 
 @pytest.fixture(scope="session")
