@@ -8,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from chats import SPECIAL, TEMPLATES, build
+from chats import SPECIAL, TEMPLATES, build, chat, examples, template_folder
 
-from longlora_jax.config import DataConfig
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat import load_prompt
 from longlora_jax.data.dialogue import Renderer
-from longlora_jax.data.formats import Reading, Row
 from longlora_jax.data.rows import Conversation, Malformed, messages_of
-from longlora_jax.data.sft import read_examples
 from longlora_jax.errors import UserError
 
 
@@ -32,19 +29,6 @@ def model(request, tmp_path_factory) -> str:
     config |= {"chat_template": TEMPLATES[request.param], "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder)
-
-
-def examples(folder: str, rows: list[dict], prompt: str = "chat", on_bad_row: str = "stop", window: int = 0, **options):
-    located = [Row(f"file.jsonl, line {number}", row) for number, row in enumerate(rows, 1)]
-    data, tokenizer = DataConfig(task="sft", **options), load_tokenizer(folder)
-    template = load_prompt(prompt, folder, add_bos=data.add_bos)
-    return list(read_examples(located, Reading(on_bad_row), tokenizer, template, data, window=window))
-
-
-def chat(*turns: str, system: str = "") -> dict:
-    roles = ("user", "assistant") * len(turns)
-    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
-    return {"messages": [{"role": "system", "content": system}] * bool(system) + messages}
 
 
 # (text, scored) of every part of a conversation of two questions as each model sees it, written down by hand. A part
@@ -213,13 +197,6 @@ def test_bad_rows_stop_a_run_by_name(model):
         examples(model, [chat("q"), chat("q", "")])
     with pytest.raises(UserError, match="line 1: questions and answers must take turns"):
         examples(model, [{"messages": chat("q")["messages"] + chat("q", "a")["messages"]}], "alpaca")
-
-
-def template_folder(folder: Path, template: str) -> str:
-    build("smollm2").save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "chat_template": template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 def test_a_template_that_closes_nothing_gets_eos(tmp_path):

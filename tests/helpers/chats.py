@@ -1,9 +1,16 @@
 """Chat models small enough for tests: the templates of real ones, and tokenizers that split as theirs do."""
 
 import json
+from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
+
+from longlora_jax.config import DataConfig
+from longlora_jax.data import load_tokenizer
+from longlora_jax.data.chat import load_prompt
+from longlora_jax.data.formats import Reading, Row
+from longlora_jax.data.sft import read_examples
 
 # As their models ship them.
 SMOLLM2 = (
@@ -83,3 +90,54 @@ def build(kind: str) -> tokenizers.Tokenizer:
             single=f"{begin} $A", special_tokens=[(begin, backend.token_to_id(begin))]
         )
     return backend
+
+
+# Folders and examples
+
+
+ENDLESS = "<|endoftext|>"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def template_folder(folder: Path, template: str) -> str:
+    """A tokenizer with this template, whose eos is <|im_end|>."""
+    build("smollm2").save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "<|im_end|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def model_folder(folder: Path, kind: str, eos: str | None = None, template: str | None = None) -> str:
+    """A model's small files, its eos named in all of them."""
+    folder.mkdir(exist_ok=True)
+    backend = build(kind)
+    backend.save(str(folder / "tokenizer.json"))
+    bos, end = SPECIAL[kind][0], eos or SPECIAL[kind][1]
+    config = {"bos_token": bos, "eos_token": end, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if template:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ids = {"eos_token_id": backend.token_to_id(end)}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **ids}))
+    (folder / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **ids}))
+    return str(folder)
+
+
+def examples(
+    folder: str, rows: list[dict], prompt: str = "chat", on_bad_row: str = "stop", window: int = 0, **options
+) -> list:
+    """The examples (ids, scored) of rows under a prompt."""
+    located = [Row(f"file.jsonl, line {number}", row) for number, row in enumerate(rows, 1)]
+    data, tokenizer = DataConfig(task="sft", **options), load_tokenizer(folder)
+    template = load_prompt(prompt, folder, add_bos=data.add_bos)
+    return list(read_examples(located, Reading(on_bad_row), tokenizer, template, data, window=window))
+
+
+def chat(*turns: str, system: str = "") -> dict:
+    """A row of messages, which the user begins."""
+    roles = ("user", "assistant") * len(turns)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    return {"messages": [{"role": "system", "content": system}] * bool(system) + messages}
