@@ -41,6 +41,8 @@ def to_peft(args: argparse.Namespace) -> None:
             "Hugging Face folder that it was made of with --base"
         )
     base, tokenizer = args.base or run.init_from, run.data.tokenizer or run.init_from
+    if tokenizer == run.init_from and os.path.isdir(base):
+        tokenizer = base
     assert run.model is not None  # a run is saved resolved
     peft.save_peft(args.peft_dir, run.model, run.lora, trained, base=base, tokenizer_from=tokenizer, chat=chat)
 

@@ -1,0 +1,73 @@
+"""Checkpoints of a run by their step, and runs whose base lies elsewhere by now, in exports and evaluations."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from runs import FakeStep, longlora
+
+import convert_weights
+from longlora_jax.errors import UserError
+from longlora_jax.evals.results import weights_of
+from longlora_jax.weights.hf import load_hf
+from longlora_jax.weights.load import at_step, load_model, open_model
+
+
+@pytest.fixture
+def counted(train, fake, script, monkeypatch, home, tmp_path):
+    """A workdir whose weights say of which step they are; its base is tmp_path / "base"."""
+    shutil.copytree(home / "base", tmp_path / "base")
+    losses = iter([3.0, 1.0, 2.0, 2.0])
+    monkeypatch.setattr(script, "Evaluation", lambda *_: lambda *_: {"eval/loss": next(losses)})
+
+    def step(self, state, frozen, batch):
+        trainable = jax.tree.map(lambda x: x * 0 + state.step + 1, state.trainable)
+        values = {"loss": 1.0, "grad_norm": 0.5, "skipped": 0, "in_a_row": 0}
+        return state.replace(step=state.step + 1, trainable=trainable), values
+
+    monkeypatch.setattr(FakeStep, "__call__", step)
+    config = longlora(home, steps=4, save_every=1, keep_checkpoints=2, keep_best=True, init_from=str(tmp_path / "base"))
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=1))
+    train(config, tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_a_step_is_exported_and_evaluated(counted, tmp_path):
+    """Catches: --step that gives the newest all the same; a best step that no command can reach; results of two steps
+    that pass for the same weights."""
+    for name, step in {"3": 3.0, "best": 2.0}.items():
+        out = tmp_path / f"export-{name}"
+        convert_weights.main(["to-hf", str(counted), str(out), "--step", name])
+        np.testing.assert_array_equal(load_hf(str(out))[1]["norm"]["scale"], step)
+    assert float(load_model(str(counted)).params["norm"]["scale"][0]) == 4
+    path = at_step(str(counted), "3")
+    assert float(np.asarray(open_model(path).table["model.norm.weight"].read())[0]) == 3
+    assert (weights_of(path, ""), weights_of(str(counted), "")) == ("step 3", "step 4")
+    adapter = tmp_path / "adapter"
+    convert_weights.main(["to-peft", str(counted), str(adapter), "--step", "best"])
+    assert (adapter / "adapter_model.safetensors").stat().st_size > 0
+    for step, said in {"1": "keeps 2, 3, 4: take one", "last": "keeps 2, 3, 4"}.items():
+        with pytest.raises(UserError, match=said):
+            at_step(str(counted), step)
+    with pytest.raises(UserError, match="is no workdir of train.py"):
+        at_step(str(tmp_path / "base"), "3")
+
+
+def test_a_base_that_was_moved_can_be_named(counted, tmp_path):
+    """Catches: an export that needs the base at its old path; an adapter that needs any of it."""
+    os.rename(tmp_path / "base", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="which is gone: put the base back, or say where it is now"):
+        open_model(str(counted))
+    there = str(tmp_path / "elsewhere")
+    convert_weights.main(["to-hf", str(counted), str(tmp_path / "export"), "--base", there])
+    assert (tmp_path / "export" / "tokenizer.json").is_file()
+    convert_weights.main(["to-peft", str(counted), str(tmp_path / "adapter"), "--base", there])
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == there
+    assert (tmp_path / "adapter" / "tokenizer.json").is_file()
+    (tmp_path / "elsewhere" / "model.safetensors").write_bytes(b"x" * 60_000)
+    with pytest.raises(UserError, match="are not those that"):
+        convert_weights.main(["to-hf", str(counted), str(tmp_path / "other"), "--base", there])
