@@ -64,7 +64,7 @@ class RunCheckpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             # orbax calls it in its own thread when all files are written, before it gives their folder its name.
-            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS, post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(timeout_secs=_SAVE_SECONDS, post_finalization_callback=self._checksum),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
@@ -93,9 +93,9 @@ class RunCheckpoints:
         assert step is not None  # the caller has asked
         folder = self._folder / str(step)
         if jax.process_index() == 0:  # the others are ended if it finds something
-            if not checksums.is_sealed(folder):
+            if not checksums.has_checksums(folder):
                 log.warning("%s has no digests: whether its files are as they were saved is not known", folder)
-            if faults := checksums.faults(folder):
+            if faults := checksums.verify(folder):
                 raise self._damaged(step, faults)
         wanted = _saved(state)
         with readable(lambda fault: self._damaged(step, [fault])):
@@ -121,9 +121,9 @@ class RunCheckpoints:
             with contextlib.suppress(OSError, ValueError):
                 self._manager.wait_until_finished()
 
-    def _seal(self) -> None:
+    def _checksum(self) -> None:
         for unfinished in self._folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-            checksums.seal(unfinished, but="_CHECKPOINT_METADATA")  # it gets the time of the end
+            checksums.write_checksums(unfinished, skip="_CHECKPOINT_METADATA")  # it gets the time of the end
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
@@ -148,7 +148,7 @@ class RunCheckpoints:
         """The newest checkpoint before a step whose files are as they were saved."""
         steps = {int(path.name) for path in self._folder.iterdir() if path.name.isdigit()}
         earlier = sorted((step for step in steps if before is None or step < before), reverse=True)
-        return next((step for step in earlier if not checksums.faults(self._folder / str(step))), None)
+        return next((step for step in earlier if not checksums.verify(self._folder / str(step))), None)
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Digests of a folder's files, written beside them when it is complete and compared before it is read."""
+"""Checksums: size and SHA-256 of a folder's files, written beside them when it is complete, verified before it is read.
+
+Ours because orbax keeps none: it reads a flipped bit as another weight.
+"""
 
 import hashlib
 import os
@@ -9,29 +12,29 @@ from pathlib import Path
 from longlora_jax.errors import UserError
 from longlora_jax.files import read_json, write_json
 
-SEAL = "sha256.json"
+CHECKSUMS = "sha256.json"
 _THREADS = 4  # hashlib lets other threads run
 
 
-def seal(folder: Path, *, but: str = "") -> None:
-    """Writes SEAL: size and SHA-256 of each file in the folder, `but` the one of that name, which still changes."""
-    names = [name for name in _files(folder) if name not in (but, SEAL)]
+def write_checksums(folder: Path, *, skip: str = "") -> None:
+    """Writes CHECKSUMS for all files in the folder, but for the one named skip, which still changes."""
+    names = [name for name in _files(folder) if name not in (skip, CHECKSUMS)]
     with ThreadPoolExecutor(_THREADS) as pool:
         digests = pool.map(lambda name: _digest(folder / name), names)
-        write_json(str(folder / SEAL), dict(zip(names, digests, strict=True)))
+        write_json(str(folder / CHECKSUMS), dict(zip(names, digests, strict=True)))
 
 
-def is_sealed(folder: Path) -> bool:
-    """Whether the folder has digests."""
-    return (folder / SEAL).exists()
+def has_checksums(folder: Path) -> bool:
+    """Whether the folder has checksums."""
+    return (folder / CHECKSUMS).exists()
 
 
-def faults(folder: Path) -> list[str]:
-    """What is no longer as it was when the folder was sealed, a line a file; [] if all is, or if it never was."""
-    if not is_sealed(folder):
+def verify(folder: Path) -> list[str]:
+    """What has changed since the checksums were written, a line a file; [] if nothing has, or if there are none."""
+    if not has_checksums(folder):
         return []
     try:
-        content = read_json(str(folder / SEAL))
+        content = read_json(str(folder / CHECKSUMS))
     except UserError as error:
         return [str(error)]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -39,9 +42,9 @@ def faults(folder: Path) -> list[str]:
 
 
 def _fault(folder: Path, name: str, expected) -> str:
-    # What names a file outside is a changed seal; nothing out there is read.
+    # Checksums that name a file outside were changed; nothing out there is read.
     if os.path.isabs(name) or ".." in Path(name).parts:
-        return f"{SEAL} names {name!r}, which is not in the folder"
+        return f"{CHECKSUMS} names {name!r}, which is not in the folder"
     try:
         return "" if _digest(folder / name) == expected else f"{name} has changed"
     except FileNotFoundError:

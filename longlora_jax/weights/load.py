@@ -283,7 +283,7 @@ def _open_run(path: str, step: int | None, check: bool = False) -> tuple[Config,
             step = manager.latest_step()
     if step is None:
         raise UserError(f"{path} has no complete checkpoint yet: train it further, or name another folder")
-    if check and (faults := checksums.faults(checkpoints / str(step))):
+    if check and (faults := checksums.verify(checkpoints / str(step))):
         raise _damaged(checkpoints / str(step), faults[0])
     return config, config.model, _saved_tree(checkpoints / str(step) / "state", "trainable")
 

@@ -69,13 +69,13 @@ def flip(path: Path, seed: int = 0) -> None:
 
 
 def test_what_was_saved_comes_back(workdir):
-    """Catches: a seal that upsets orbax, or that a complete checkpoint does not have."""
+    """Catches: checksums that upset orbax, or that a complete checkpoint does not have."""
     state, data = restored(workdir)
     jax.tree.map(np.testing.assert_array_equal, state.trainable, state_at(20).trainable)
     assert data == {"step": 20} and int(state.step) == 20
-    sealed = json.loads((workdir / "checkpoints" / "20" / checksums.SEAL).read_text())
-    unsealed = {path.name for path in files(workdir / "checkpoints" / "20")} - {Path(name).name for name in sealed}
-    assert unsealed <= {"_CHECKPOINT_METADATA", "commit_success.txt", checksums.SEAL}
+    listed = json.loads((workdir / "checkpoints" / "20" / checksums.CHECKSUMS).read_text())
+    others = {path.name for path in files(workdir / "checkpoints" / "20")} - {Path(name).name for name in listed}
+    assert others <= {"_CHECKPOINT_METADATA", "commit_success.txt", checksums.CHECKSUMS}
 
 
 NEWEST = "checkpoints/20 is damaged or of another run"
@@ -86,9 +86,12 @@ DAMAGE = {
     "a missing file": (lambda folder: files(folder)[0].unlink(), "is missing"),
     "truncated metadata": (lambda folder: os.truncate(folder / "state" / "_METADATA", 100), "state/_METADATA has"),
     "a missing part": (lambda folder: shutil.rmtree(folder / "state"), "is missing"),
-    "a damaged seal": (lambda folder: os.truncate(folder / checksums.SEAL, 50), "sha256.json cannot be read as JSON"),
-    "a seal that leads outside": (
-        lambda folder: (folder / checksums.SEAL).write_text('{"../../../etc/passwd": [1, "x"]}'),
+    "damaged checksums": (
+        lambda folder: os.truncate(folder / checksums.CHECKSUMS, 50),
+        "sha256.json cannot be read as JSON",
+    ),
+    "checksums that lead outside": (
+        lambda folder: (folder / checksums.CHECKSUMS).write_text('{"../../../etc/passwd": [1, "x"]}'),
         "which is not in the folder",
     ),
 }  # fmt: skip
@@ -112,9 +115,9 @@ def test_the_offer_is_a_good_one(workdir):
     assert refused(workdir).endswith("the run starts from its beginning: there is no other checkpoint")
 
 
-def test_without_a_seal_it_is_read_and_said(workdir, caplog):
+def test_without_checksums_it_is_read_and_said(workdir, caplog):
     """Catches: runs of older versions that cannot go on; damage there that is a traceback."""
-    (workdir / "checkpoints" / "20" / checksums.SEAL).unlink()
+    (workdir / "checkpoints" / "20" / checksums.CHECKSUMS).unlink()
     with caplog.at_level(logging.WARNING, "longlora_jax"):
         assert int(restored(workdir)[0].step) == 20
     assert "20 has no digests" in caplog.text
@@ -171,18 +174,18 @@ def test_a_full_disk_leaves_the_last_good_state(workdir):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_seals_find_every_flipped_bit(tmp_path):
+def test_checksums_find_every_flipped_bit(tmp_path):
     """Catches: a file that is not covered, or only its head and tail."""
     rng = np.random.default_rng(0)
     for i in range(5):
         (tmp_path / "a" / str(i)).mkdir(parents=True)
         (tmp_path / "a" / str(i) / "x").write_bytes(rng.bytes(3000 * i + 1))
-    checksums.seal(tmp_path)
-    assert checksums.faults(tmp_path) == []
+    checksums.write_checksums(tmp_path)
+    assert checksums.verify(tmp_path) == []
     for seed in range(100):
         path = random.Random(seed).choice([p for p in tmp_path.rglob("x")])
         flip(path, seed)
-        assert checksums.faults(tmp_path) == [f"{path.relative_to(tmp_path)} has changed"]
+        assert checksums.verify(tmp_path) == [f"{path.relative_to(tmp_path)} has changed"]
         flip(path, seed)
 
 
@@ -209,8 +212,8 @@ def test_an_export_of_damage_is_refused(seed, run_of_a_model, tmp_path):
     read = np.asarray(open_model(str(workdir), check=True).table["model.norm.weight"].read())
     assert read.shape == (16,)
     newest = workdir / "checkpoints" / "20"
-    sealed = [newest / name for name in json.loads((newest / checksums.SEAL).read_text())]
-    victim = rng.choice([workdir / "config.json", *sealed])
+    listed = [newest / name for name in json.loads((newest / checksums.CHECKSUMS).read_text())]
+    victim = rng.choice([workdir / "config.json", *listed])
     how = rng.choice([lambda p: flip(p, seed), lambda p: os.truncate(p, p.stat().st_size // 2), Path.unlink])
     how(victim)
     try:
@@ -227,7 +230,7 @@ def test_damage_without_digests_is_one_line_or_the_same_weights(seed, run_of_a_m
     workdir, rng = tmp_path / "work", random.Random(seed)
     shutil.copytree(run_of_a_model, workdir)
     newest = workdir / "checkpoints" / "20"
-    (newest / checksums.SEAL).unlink()
+    (newest / checksums.CHECKSUMS).unlink()
     victim = rng.choice(files(newest))
     rng.choice([lambda p: os.truncate(p, p.stat().st_size // 2), Path.unlink, lambda p: p.write_bytes(b"{}")])(victim)
     try:
