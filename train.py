@@ -32,7 +32,7 @@ from longlora_jax.resilience import versions
 from longlora_jax.resilience.checkpoints import Best, RunCheckpoints
 from longlora_jax.resilience.health import Health
 from longlora_jax.resilience.lock import WorkdirLock
-from longlora_jax.resilience.watchdog import AGAIN, Watch
+from longlora_jax.resilience.watchdog import AGAIN, Watchdog
 from longlora_jax.training import metrics, optim, run
 from longlora_jax.training.step import TrainState, compile_train_step, jit_eval_step
 from longlora_jax.weights import load
@@ -53,8 +53,8 @@ _STALL = flags.DEFINE_integer(
 log = logging.getLogger("longlora_jax")
 
 
-def train(config: Config, workdir: str, watch: Watch, lock: WorkdirLock) -> bool:
-    """One run, from the config to the last checkpoint, or to where the watch ends it. Returns whether it is done."""
+def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> bool:
+    """One run, from the config to the last checkpoint, or to where the watchdog ends it. Returns whether it is done."""
     config, resumed = run.resolve(config, workdir)
     metrics.check_wandb(config.wandb)
     distributed.check_same("config", lambda: dataclasses.asdict(config))
@@ -232,7 +232,7 @@ def main(argv) -> None:
         )
         if not distributed.is_first():
             metrics.leave_talking()
-        with Watch(_STALL.value) as watch, WorkdirLock(_WORKDIR.value) as lock, distributed.one_end():
+        with Watchdog(_STALL.value) as watch, WorkdirLock(_WORKDIR.value) as lock, distributed.one_end():
             done = train(_CONFIG.value, _WORKDIR.value, watch, lock)
     except (UserError, OSError, MemoryError, JaxRuntimeError) as error:
         if not (reason := str(error) if isinstance(error, UserError) else in_plain_words(error)):

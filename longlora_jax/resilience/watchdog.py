@@ -1,6 +1,7 @@
-"""What ends a run before its last step: SIGTERM or Ctrl-C, which save first, and a standstill, unnoticed otherwise.
+"""Watchdog of a run: after SIGTERM or Ctrl-C the run saves and ends, and a run that stalls is ended.
 
-Both end it with exit code 75, and the same command goes on from the newest checkpoint.
+Both with exit code 75; the same command goes on from the newest checkpoint. Ours because the preemption service of jax
+needs several processes, and no part of jax or orbax ends a step or a save that hangs.
 """
 
 import logging
@@ -24,8 +25,8 @@ _GRACE_SECONDS = 600  # to save after SIGTERM; most schedulers send SIGKILL long
 _HERE = str(Path(__file__).parents[2])
 
 
-class Watch:
-    """A thread beside the steps of a run. `with Watch(stall_seconds) as watch:` in the main thread.
+class Watchdog:
+    """A thread beside the steps of a run. `with Watchdog(stall_seconds) as watchdog:` in the main thread.
 
     stall_seconds: a run that completes no step for so long is ended.
     """
@@ -37,7 +38,7 @@ class Watch:
         self._deadline = float("inf")
         self._asked, self._deciding, self._over = False, threading.Lock(), threading.Event()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "Watchdog":
         # Python runs its handlers between two lines of Python, and a step or a save that hangs has none. The number of
         # the signal goes into a pipe at once.
         self._pipe, pipe = os.pipe()
@@ -62,7 +63,7 @@ class Watch:
             self._step, self._deadline = step, time.monotonic() + self._stall_seconds
 
     def due(self, step: int) -> bool:
-        """Whether to save and end after this step, which is done; all processes are told so at the same step."""
+        """Whether to save and end after this step, which is done; in all processes it is the same step."""
         with self._deciding:
             self._step = step
             if not self._asked:
@@ -78,7 +79,7 @@ class Watch:
             if self._last is None and distributed.is_stop_asked():
                 self._decide()
             if time.monotonic() > self._deadline:
-                self._stand_still()
+                self._end_stalled()
 
     def _terminate(self, name: str) -> None:
         if self._step is None:
@@ -97,7 +98,7 @@ class Watch:
             self._asked, self._deadline = True, min(self._deadline, time.monotonic() + _GRACE_SECONDS)
             self._last = distributed.highest(-1 if self._step is None else self._step) + 1
 
-    def _stand_still(self) -> None:
+    def _end_stalled(self) -> None:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         ours = [f for f in traceback.extract_stack(frame) if f.filename.startswith(_HERE)]
         where = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno}: {ours[-1].line})" if ours else ""

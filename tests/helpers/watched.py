@@ -1,4 +1,4 @@
-"""Steps that compute nothing under a Watch: python tests/helpers/watched.py HOW
+"""Steps that compute nothing under a Watchdog: python tests/helpers/watched.py HOW
 
 HOW: "loading", no step has begun; "hanging", the third step never ends, as a save to a lost disk does; "ending", the
 step after SIGTERM ends.
@@ -8,7 +8,7 @@ import sys
 import time
 
 from longlora_jax.resilience import watchdog
-from longlora_jax.resilience.watchdog import AGAIN, Watch
+from longlora_jax.resilience.watchdog import AGAIN, Watchdog
 
 
 def hang() -> None:
@@ -19,7 +19,7 @@ def hang() -> None:
 def main() -> None:
     """Says "begun" when SIGTERM may come."""
     how, seconds, watchdog._GRACE_SECONDS = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
-    with Watch(seconds) as watcher:
+    with Watchdog(seconds) as watcher:
         print("loading", flush=True)
         if how == "loading":
             hang()

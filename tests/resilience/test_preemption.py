@@ -19,7 +19,7 @@ from runs import longlora, read_metrics, start, write_config
 from longlora_jax import data
 from longlora_jax.config import EvalConfig
 from longlora_jax.parallel import distributed
-from longlora_jax.resilience.watchdog import AGAIN, Watch
+from longlora_jax.resilience.watchdog import AGAIN, Watchdog
 
 ROOT = Path(__file__).parents[2]
 
@@ -160,7 +160,7 @@ def test_hosts_that_are_apart_end_at_one_step(seed, monkeypatch):
     pauses = [[rng.random() * 0.002 for _ in range(200)] for _ in range(count)]
     asked, noticed = rng.randrange(40), [rng.random() * 0.01 for _ in range(count)]
 
-    def steps(i: int, watch: Watch) -> None:
+    def steps(i: int, watch: Watchdog) -> None:
         watch.begin(0)
         for done in range(1, 200):
             time.sleep(pauses[i][done])
@@ -170,12 +170,12 @@ def test_hosts_that_are_apart_end_at_one_step(seed, monkeypatch):
                 ends[i] = done
                 return
 
-    def notice(i: int, watch: Watch) -> None:
+    def notice(i: int, watch: Watchdog) -> None:
         while not told.is_stop_asked():
             time.sleep(noticed[i])
         watch._decide()
 
-    watches = [Watch(60) for _ in range(count)]
+    watches = [Watchdog(60) for _ in range(count)]
     told._asked = asked == 0
     threads = [threading.Thread(target=f, args=(i, w)) for i, w in enumerate(watches) for f in (steps, notice)]
     for thread in threads:
