@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # Of the palettes of Okabe and Ito and of Tol, safe for colour-blind readers, what is dark enough for text on white.
 HIGHLIGHT = "#D55E00"
@@ -39,7 +39,9 @@ def plot_perplexity(
     axes.set_xscale("log", base=2)
     if max(values) > LOG_FROM * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(FixedLocator(_round_steps(min(values), max(values))))
+        ratio = max(values) / min(values)  # fewer ticks in a decade the more decades there are
+        steps = (1, 1.5, 2, 3, 5, 7) if ratio < 15 else (1, 2, 5) if ratio < 1000 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=99))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_major_locator(FixedLocator(lengths))
@@ -121,13 +123,6 @@ def _save(figure: Figure, path: str) -> None:
     aside = Path(path).with_suffix(f".incomplete{Path(path).suffix}")
     figure.savefig(aside)
     os.replace(aside, path)
-
-
-def _round_steps(low: float, high: float) -> list[float]:
-    """Round numbers that span a log axis, fewer in a decade the more decades there are."""
-    steps = (1, 1.5, 2, 3, 5, 7) if high < 15 * low else (1, 2, 5) if high < 1000 * low else (1,)
-    decades = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 1)
-    return [step * 10.0**decade for decade in decades for step in steps]
 
 
 def _name_ends(axes, ends) -> None:
