@@ -1,4 +1,7 @@
-"""The tokenizer inside a GGUF file, as the files that Hugging Face's tokenizers read."""
+"""The tokenizer inside a GGUF file, as the files that Hugging Face's tokenizers read.
+
+Ours beside transformers' conversion, because that passes over tokenizer.ggml.pre: SmolLM2's digits would not be cut.
+"""
 
 import json
 from collections.abc import Callable
