@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from longlora_jax.attention.kernels import kernel_name
 from longlora_jax.attention.patterns import FULL
 from longlora_jax.config import Config
-from longlora_jax.data import Batches, in_order
+from longlora_jax.data import Batches, in_order, load_tokenizer, show
 from longlora_jax.errors import UserError, in_plain_words
 from longlora_jax.model import trainable
 from longlora_jax.model.decoder import Llama, abstract_params
@@ -73,7 +73,7 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
     lock.acquire()
     checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints, keep_best=config.keep_best)
     if distributed.is_first():  # also of a run that resumes: its parts may lie elsewhere by now
-        load.write_run_config(workdir, config)
+        load.write_run_config(workdir, run.keep_tokenizer(config, workdir))
     distributed.check_shared(f"{workdir}/config.json")
     distributed.check_same("step", lambda: {"the newest checkpoint": checkpoints.latest_step()})
     if checkpoints.latest_step() is not None:
@@ -201,6 +201,8 @@ def print_census(config: Config, model: Llama, mesh, step_fn, data: Batches) -> 
     print(f"attention  {model.pattern}, kernel {kernel}, dtype {config.dtype}, remat {config.remat}")
     for part, share, epochs in zip(data.parts, data.shares, data.epochs(config.steps), strict=True):
         print(f"data       {share:.1%} of rows, {epochs:.2f} epochs, {part.packing.line()}")
+    if config.data.task == "sft":
+        print("\n".join(show.example_lines(data.parts[0].documents, load_tokenizer(config.data.tokenizer))))
     print(f"step       {tokens:,} tokens, {config.steps:,} steps")
     if rates := optim.own_rates(config.optim):
         print(f"rates      {', '.join(f'{group} {rate:g}' for group, rate in rates.items())}, all else as optim says")

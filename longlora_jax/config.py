@@ -143,6 +143,9 @@ class Config:
     # and data. init_from may stay empty: it is the earlier run's.
     continue_from: str = ""
     model: ModelConfig | None = None  # None: read from init_from
+    # Special tokens that the tokenizer lacks: they follow its own, and the model gets a row for each, the mean of the
+    # others. Where the output has a matrix of its own, mode=full alone trains its rows.
+    new_tokens: tuple[str, ...] = ()
     mode: str = "longlora"  # longlora | lora | full
     lora: LoraConfig = field(default_factory=LoraConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)

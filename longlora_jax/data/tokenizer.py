@@ -67,6 +67,10 @@ class Tokenizer:
         """Returns the tokens that are found before a text is split, special or not, and their ids."""
         return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
 
+    def token_id(self, token: str) -> int | None:
+        """Returns the id of a token by its text, None if it has none."""
+        return self._backend.token_to_id(token)
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> str:
         """Returns the text of ids; special tokens are spelled out unless they are skipped."""
         return self._backend.decode(list(map(int, ids)), skip_special_tokens=skip_special_tokens)

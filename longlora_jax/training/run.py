@@ -18,10 +18,10 @@ from longlora_jax.data import (
     Batches,
     Windows,
     batches,
-    load_tokenizer,
     open_documents,
     pack,
 )
+from longlora_jax.data.new_tokens import add_tokens, load_with_tokens
 from longlora_jax.errors import UserError
 from longlora_jax.model import trainable
 from longlora_jax.model.decoder import Llama, abstract_params, init_params, logical_axes
@@ -30,8 +30,11 @@ from longlora_jax.resilience.checkpoints import RunCheckpoints
 from longlora_jax.training import optim
 from longlora_jax.training.step import TrainState
 from longlora_jax.weights import hf, hub, load
+from longlora_jax.weights.rules import with_rows
 
 log = logging.getLogger("longlora_jax")
+
+TOKENIZER = "tokenizer"  # in a workdir: the tokenizer with new_tokens
 
 
 # What may change when a run is resumed: what a step computes from its batch stays the same, up to the order of sums.
@@ -60,6 +63,12 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
             check_same_shape(config.model, base, config.init_from)
         config.model = base
     tokenizer = str(Path(config.data.tokenizer or config.init_from).absolute())
+    if config.new_tokens:
+        kept = Path(workdir, TOKENIZER).absolute()
+        tokenizer = str(kept) if kept.is_dir() else tokenizer
+        largest = load_with_tokens(tokenizer, config.new_tokens).max_id
+        assert config.model is not None  # validate() wants one where there is no init_from
+        config.model = dataclasses.replace(config.model, vocab_size=max(config.model.vocab_size, largest + 1))
     config.data = dataclasses.replace(config.data, tokenizer=tokenizer)
     tokenizer = str(Path(config.eval.data.tokenizer or tokenizer).absolute())
     config.eval = dataclasses.replace(config.eval, data=dataclasses.replace(config.eval.data, tokenizer=tokenizer))
@@ -90,6 +99,23 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
             f"begin a new --workdir from its weights with --config.continue_from={workdir}"
         )
     return config, True
+
+
+def keep_tokenizer(config: Config, workdir: str) -> Config:
+    """The config with its tokenizer in the workdir, if new_tokens makes one: it is written there, for exports."""
+    kept = Path(workdir, TOKENIZER).absolute()
+    if not config.new_tokens or config.data.tokenizer == str(kept):
+        return config
+    if not kept.is_dir():
+        add_tokens(config.data.tokenizer, str(kept), config.new_tokens)
+
+    def there(data: DataConfig) -> DataConfig:
+        return dataclasses.replace(data, tokenizer=str(kept)) if data.tokenizer == config.data.tokenizer else data
+
+    evaluation = dataclasses.replace(config.eval, data=there(config.eval.data))
+    return dataclasses.replace(
+        config, data=there(config.data), mixture=tuple(map(there, config.mixture)), eval=evaluation
+    )
 
 
 def _changed(config: Config, saved: Config) -> list[str]:
@@ -221,7 +247,7 @@ def read_windows(data: DataConfig, config: Config) -> Windows:
     """The documents of a corpus, packed into windows of seq_len tokens; faults say which of the config's data it is."""
     name, held_out = name_of(data, config), data is config.eval.data
     try:
-        tokenizer = load_tokenizer(data.tokenizer)
+        tokenizer = load_with_tokens(data.tokenizer, config.new_tokens)
         documents = open_documents(data, tokenizer, window=config.seq_len, held_out=held_out)
         return pack(documents, config.seq_len, data.packing, min_tokens=data.min_tokens, whole=data.task == "sft")
     except UserError as error:
@@ -268,8 +294,8 @@ def initial_state(config: Config, model: Llama, mesh):
     key = jax.random.PRNGKey(config.seed)
     dtypes = jax.tree.map(lambda trains: _dtype(config, trains), mask)
     if config.init_from:
-        table = load.open_model(config.init_from).table
         assert config.model is not None  # resolve() filled it
+        table = with_rows(config.model, load.open_model(config.init_from).table)
         base = sharding.place_weights(config.model, table, shardings, dtypes)
         is_new = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("lora_"), shapes)
         fresh = trainable.partition(shardings, is_new)[0]

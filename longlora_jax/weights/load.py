@@ -37,6 +37,7 @@ from longlora_jax.weights.rules import (
     params_table,
     set_leaf,
     table_faults,
+    with_rows,
 )
 from longlora_jax.weights.tensors import DTYPES, Tensor
 
@@ -293,7 +294,8 @@ def _open_base(workdir: str, config: Config, check: bool = False) -> dict[str, T
     if config.mode == "full":
         return {}
     check_base(workdir, config)
-    return open_model(config.init_from, check=check).table
+    assert config.model is not None  # a run is saved resolved
+    return with_rows(config.model, open_model(config.init_from, check=check).table)
 
 
 def _tokenizer_of(config: Config) -> str:

@@ -206,12 +206,36 @@ def cast_table(table: Table, dtypes: Callable[[str], np.dtype]) -> dict[str, Ten
     }
 
 
+_ROWS_OF_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def with_rows(config: ModelConfig, table: Table) -> dict[str, Tensor]:
+    """The table with as many rows of the embedding and the output as the config has tokens: new ones are their mean."""
+
+    def grown(t: Tensor) -> Tensor:
+        more = config.vocab_size - t.shape[0]
+
+        def read():
+            rows = t.read()
+            mean = rows.astype(np.float32).mean(axis=0, keepdims=True).astype(rows.dtype)
+            return np.concatenate([rows, np.repeat(mean, more, axis=0)])
+
+        return Tensor(t.dtype, (config.vocab_size, *t.shape[1:]), read) if more > 0 else t
+
+    return {name: grown(t) if name in _ROWS_OF_TOKENS else t for name, t in table.items()}
+
+
 class Adapter(NamedTuple):
-    """A low-rank update of one matrix W [out, in]: W + scale * b a. a: [R, in]; b: [out, R]; float32."""
+    """A low-rank update of one matrix W [out, in]: W + scale * b a. a: [R, in]; b: [out, R]; float32.
+
+    magnitude: DoRA's (arXiv:2402.09353), which the sum is scaled to along norm_axis; None: plain LoRA.
+    """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None  # [out], or [in] where norm_axis is 0
+    norm_axis: int = 1
 
 
 def adapters_of(config: ModelConfig, params: Params, scale: float) -> dict[str, Adapter]:
@@ -236,6 +260,9 @@ def merge_table(table: Table, adapters: Mapping[str, Adapter]) -> dict[str, Tens
             update = adapter.b @ adapter.a
             update *= np.float32(adapter.scale)
             update += tensor.read()
+            if adapter.magnitude is not None:
+                norm = np.linalg.norm(update, axis=adapter.norm_axis)
+                update *= np.expand_dims(adapter.magnitude / norm, adapter.norm_axis)
             return update
 
         return Tensor(DTYPES["float32"], tensor.shape, read)
