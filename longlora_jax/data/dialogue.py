@@ -92,7 +92,9 @@ class Renderer:
                 closed = is_closed if k == len(messages) - 1 else closed
             else:
                 apart.append(Dialogue(upto, ((first, end),), is_closed))
-        self.notes["answers in rows of their own, before which the template hides something later"] += len(apart)
+        self.notes[
+            "answers are rows of their own, since the template shows less of them once they are not the last"
+        ] += len(apart)
         return [*apart, *([Dialogue(text, tuple(turns), closed)] if turns else [])]
 
     def _render(self, messages: list[Message], variables: dict[str, Any], ask: bool = False) -> str:
@@ -108,14 +110,14 @@ class Renderer:
         if folded and self._refusal(folded, variables) is None:
             if not self._fold_system:
                 raise TemplateFault(f"{fault}; data.fold_system=True puts a system message before the first question")
-            self.notes["with the system message folded into the first question"] += 1
+            self.notes["rows have their system message folded into the first question"] += 1
             return folded, numbers[1:]
         # ShareGPT's conversations often begin with an answer that nobody asked for.
         begin = next((k for k in numbers if messages[k]["role"] == "user"), asked)
         rest = messages[:asked] + messages[begin:]
         if begin == asked or self._refusal(rest, variables) is not None:
             raise TemplateFault(fault)
-        self.notes["without their opening answer, which the template refuses"] += 1
+        self.notes["rows are without their opening answer, which the template refuses"] += 1
         return rest, numbers[:asked] + numbers[begin:]
 
     def _refusal(self, messages: list[Message], variables: dict[str, Any]) -> str | None:

@@ -203,7 +203,7 @@ class Windows:
     def __init__(self, documents: Documents, packing: Packing):
         self.packing = packing
         self.segmented = packing.kind == "best_fit"  # else no row has two segments, or padding
-        self._documents = documents
+        self.documents = documents
 
     def __len__(self) -> int:
         return len(self.packing)
@@ -234,12 +234,12 @@ class Windows:
     def _read(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, scored) of a piece; the packer's own EOS is no part of the document."""
         document, start, stop = (int(x[piece]) for x in (self.packing.document, self.packing.start, self.packing.stop))
-        length = int(self._documents.lengths[document])
-        ids, scored = self._documents.read(document, min(start, length), min(stop, length))
+        length = int(self.documents.lengths[document])
+        ids, scored = self.documents.read(document, min(start, length), min(stop, length))
         scored = np.ones(len(ids), np.int32) if scored is None else scored
         if stop > length:
-            assert self._documents.eos_id is not None
-            ids, scored = np.append(ids, np.int32(self._documents.eos_id)), np.append(scored, np.int32(1))
+            assert self.documents.eos_id is not None
+            ids, scored = np.append(ids, np.int32(self.documents.eos_id)), np.append(scored, np.int32(1))
         return ids, scored
 
     def identity(self) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class Windows:
         for x in (self.packing.first, self.packing.document, self.packing.start, self.packing.stop):
             crc = zlib.crc32(x.astype("<i8").data, crc)
         table = {"seq_len": self.packing.seq_len, "packing": self.packing.kind, "windows": len(self), "pieces": crc}
-        return self._documents.identity() | table
+        return self.documents.identity() | table
 
 
 def pack(

@@ -82,7 +82,7 @@ def read_examples(
         log.info("%s examples have lost their %s: they are longer than the window", f"{counts['cut']:,}", side)
     for note, number in render.notes.items():
         if number:
-            log.info("%s rows %s", f"{number:,}", note)
+            log.info("%s %s", f"{number:,}", note)
     if unknown:
         fields = ", ".join(f"{one_line(name, 50)} ({n:,} rows)" for name, n in unknown.most_common(20))
         log.warning("fields that nothing reads: %s; data.columns=ours=theirs says what one is", fields)
