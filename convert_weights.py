@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from longlora_jax import errors
 from longlora_jax.attention.rope import ROPE_TYPES
-from longlora_jax.files import check_new
+from longlora_jax.files import check_new, read_json
 
 # Some of these load jax: each command imports what it needs, so that --help answers at once.
 
@@ -31,7 +31,7 @@ def to_hf(args: argparse.Namespace) -> None:
 
 def to_peft(args: argparse.Namespace) -> None:
     """Training workdir -> PEFT adapter, with embedding and norms where they were trained."""
-    from longlora_jax.weights import converted, load, peft
+    from longlora_jax.weights import converted, load, peft_export
 
     run, trained = load.open_adapters(load.at_step(args.workdir, args.step))
     chat = load.workdir_format(args.workdir)
@@ -44,16 +44,29 @@ def to_peft(args: argparse.Namespace) -> None:
     if tokenizer == run.init_from and os.path.isdir(base):
         tokenizer = base
     assert run.model is not None  # a run is saved resolved
-    peft.save_peft(args.peft_dir, run.model, run.lora, trained, base=base, tokenizer_from=tokenizer, chat=chat)
+    peft_export.save_peft(
+        args.peft_dir,
+        run.model,
+        run.lora,
+        trained,
+        base=base,
+        tokenizer_from=tokenizer,
+        chat=chat,
+        adapters_only=args.adapters_only,
+    )
 
 
 def from_peft(args: argparse.Namespace) -> None:
     """PEFT adapter and its base -> converted checkpoint, adapter merged."""
+    from longlora_jax.data.chat import adapter_format
     from longlora_jax.weights import converted, hub, peft
 
     folder = hub.local_folder(args.peft_dir, what="a folder with adapter_config.json")
     config, table, tokenizer = peft.open_peft(folder, base=args.base, window=args.window, rope_type=args.rope_type)
-    converted.write_converted(args.out, config, table, tokenizer_from=tokenizer)
+    # Trainers write tokenizer and template beside an adapter, but no generation_config.json.
+    base = args.base or read_json(os.path.join(folder, peft.SETTINGS)).get("base_model_name_or_path") or folder
+    chat = adapter_format(tokenizer, hub.local_folder(base))
+    converted.write_converted(args.out, config, table, tokenizer_from=tokenizer, chat=chat)
 
 
 def from_gguf(args: argparse.Namespace) -> None:
@@ -111,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     adapter_out.add_argument("--step", metavar="N", help=errors.STEP_HELP)
     adapter_out.add_argument(
         "--base", help="what the adapter names as its base (default: the folder that the run started from)"
+    )
+    adapter_out.add_argument(
+        "--adapters_only",
+        action="store_true",
+        help="leave out embedding and norms, which llama.cpp and vLLM do not read from an adapter; says what is lost",
     )
     adapter = command(
         from_peft,

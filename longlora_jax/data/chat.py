@@ -8,7 +8,7 @@ generation_config.json, tokenizer_config.json), into which an export writes it.
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,19 @@ def _configured_ends(folder: str) -> tuple[int, ...]:
             found = read_json(file).get("eos_token_id")
     found = found if isinstance(found, list) else [found]
     return tuple(i for i in found if type(i) is int and i >= 0)
+
+
+def adapter_format(folder: str, base: str) -> ChatFormat:
+    """That of an adapter whose tokenizer lies in `folder`; base: the model's folder, whose ends stay beside its own.
+
+    Without configs of its own an adapter ends answers by its tokenizer's EOS.
+    """
+    found = folder_format(folder)
+    if folder == base or found.end_ids:
+        return found
+    tokenizer = load_tokenizer(folder)
+    ends = dict.fromkeys(i for i in (tokenizer.eos_id, *_configured_ends(base)) if i is not None)
+    return replace(found, end_ids=tuple(ends))
 
 
 def run_format(parts: Sequence[DataConfig], model_folder: str) -> ChatFormat:

@@ -6,6 +6,7 @@ config, and no weights.
 
 import argparse
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _part(config: Config, name: str) -> tuple[DataConfig, bool]:
 
 def _local(folder: str) -> str:
     """A folder with the tokenizer files of a model, from the hub where it has such a name."""
-    if Path(folder).is_dir() or folder.count("/") != 1:
+    if Path(folder).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?", folder, re.ASCII):
         return folder
     import huggingface_hub
 

@@ -93,10 +93,13 @@ def tokenizer_files(path: str, read: Callable[..., Any], config: ModelConfig) ->
         "chat_template": read("tokenizer.chat_template"),
     }
     settings = {key: value for key, value in settings.items() if value is not None}
-    return {
-        "tokenizer.json": tokenizer.to_str(),
-        "tokenizer_config.json": json.dumps(settings, indent=2),
-    }
+    files = {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(settings, indent=2)}
+    # llama.cpp ends an answer at each of these.
+    found = (read(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    ends = list(dict.fromkeys(i for i in found if i is not None and i < len(tokens)))
+    if len(ends) > 1:
+        files["generation_config.json"] = json.dumps({"eos_token_id": ends})
+    return files
 
 
 def _added(tokens: list[str], types: list[int], wanted: tuple[int, ...], special: bool) -> list[AddedToken]:

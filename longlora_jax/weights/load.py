@@ -191,7 +191,10 @@ class OpenModel(NamedTuple):
 
 
 def workdir_format(workdir: str) -> ChatFormat:
-    """What a run trains under: as it has saved it, or in an old workdir as its config says."""
+    """What a run trains under: as it has saved it, or in an old workdir as its config says; workdir: also one of its
+    checkpoints.
+    """
+    workdir, _ = split_step(workdir)
     if (saved := saved_format(workdir)) is not None:
         return saved
     config = read_run_config(workdir)

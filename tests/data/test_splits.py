@@ -11,6 +11,7 @@ from longlora_jax.data import load_tokenizer, open_documents, show
 from longlora_jax.data.formats import Reading
 from longlora_jax.data.source import Corpus, Share, read_rows
 from longlora_jax.errors import UserError
+from longlora_jax.training import run
 
 ROWS = [{"text": f"row {n}", "n": n} for n in range(400)]
 
@@ -210,3 +211,20 @@ def test_examples_are_shown_as_they_are_trained_on(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=fault):
             show.main([*flags, *wrong])
+
+
+def test_a_fault_of_the_evaluation_says_that_it_is_its_own(tmp_path):
+    """Catches: "give more text" said to a user who has given a library to train on, and a line to evaluate on."""
+    folder = template_folder(tmp_path, CHATML)
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "long.txt").write_text("long " * 400)
+    parts = [DataConfig("text", str(tmp_path / f"{name}.txt"), tokenizer=folder) for name in ("long", "short")]
+    for given, named in (
+        ({"data": parts[0], "eval": EvalConfig(1, data=parts[1])}, "eval.data: a window of 128 tokens is longer"),
+        ({"data": parts[0], "mixture": (parts[1],)}, r"mixture\[0\]: a window of 128 tokens is longer"),
+        ({"data": parts[1]}, "^a window of 128 tokens is longer"),
+    ):
+        whole = config(**given)
+        with pytest.raises(UserError, match=named):
+            run.read_windows(parts[1], whole)
+    assert len(run.read_windows(parts[0], config(data=parts[0]))) > 1
