@@ -22,7 +22,7 @@ _HOME = {
     "pack_documents": "data",
     "partition": "model.trainable",
     "save_hf": "weights.hf",
-    "save_peft": "weights.peft",
+    "save_peft": "weights.peft_export",
     "train_step": "training.step",
     "trainable_mask": "model.trainable",
 }

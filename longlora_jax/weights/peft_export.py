@@ -1,0 +1,132 @@
+"""PEFT adapters, written: low-rank updates beside a base model, and the weights that were trained whole with them."""
+
+import logging
+import os
+from typing import Any
+
+from longlora_jax.config import LoraConfig, ModelConfig
+from longlora_jax.data.chat import ChatFormat
+from longlora_jax.files import new_folder, write_json
+from longlora_jax.weights import hf
+from longlora_jax.weights.habits import EMBED, HEAD
+from longlora_jax.weights.hf_config import config_to_json, refuse
+from longlora_jax.weights.peft_files import PREFIX, SETTINGS, WEIGHTS
+from longlora_jax.weights.rules import Params, adapters_of, flatten, params_table, weight_rules
+from longlora_jax.weights.tensors import DTYPES, Tensor, reading, write_safetensors
+
+_log = logging.getLogger(__name__)
+
+_README = """# Adapter of {base}
+
+It was trained for a window of {window} tokens. The files of PEFT do not say how the rotary embeddings were scaled for \
+that: `config.json` does. Give it to the base model, or the answers will be garbage:
+
+```python
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained(".")  # this folder
+model = AutoModelForCausalLM.from_pretrained({source}, config=config)
+model = PeftModel.from_pretrained(model, ".")
+```
+"""
+
+
+def save_peft(
+    folder: str,
+    config: ModelConfig,
+    lora: LoraConfig,
+    params: Params,
+    *,
+    base: str,
+    tokenizer_from: str | None = None,
+    chat: ChatFormat | None = None,
+    adapters_only: bool = False,
+) -> None:
+    """Writes an adapter for PEFT 0.6 and later (rslora: 0.8); matrices in float32, other weights in their own dtype.
+
+    params: the trained partition of a param tree, numpy or jax arrays: lora_a [L, *in, R] and lora_b [L, R, *out] of
+    every target and, if they were trained, embedding, norms and lm_head, PEFT's modules_to_save. base: folder or name
+    of the model that was adapted.
+    PEFT's files have no place for rope scaling and window: they go into config.json, and README.md tells how to load
+    both. Of a tied model a trained embedding is written twice, once as lm_head, since PEFT would otherwise keep the
+    base's embedding there; ensure_weight_tying, for which PEFT has it since 0.18, is unknown to older ones.
+    adapters_only: leave out the weights that were trained whole, which few programs read from an adapter (llama.cpp and
+    vLLM do not); what is lost is said. chat: see hf.copy_tokenizer.
+    Raises UserError if the folder holds something, or if params do not fit config and lora.
+    """
+    refuse("this adapter cannot be saved", _leaf_faults(config, lora, params))
+    whole = params_table(config, params)
+    if adapters_only and whole:
+        kinds = list(dict.fromkeys(name.split(".")[-2] for name in whole))
+        _log.warning(
+            "left out of the adapter: %s, %s trained weights (%s); with its base it computes another model than the "
+            "run's, which to-hf writes whole",
+            *(", ".join(kinds), len(whole), f"{sum(t.nbytes for t in whole.values()):,} bytes"),
+        )
+        whole = {}
+    if config.tie_word_embeddings and EMBED in whole:
+        whole[HEAD] = whole[EMBED]
+    tensors = {PREFIX + name: tensor for name, tensor in whole.items()}
+    for name, adapter in adapters_of(config, params, lora.scale).items():
+        for letter, array in (("A", adapter.a), ("B", adapter.b)):
+            key = f"{PREFIX}{name.removesuffix('.weight')}.lora_{letter}.weight"
+            tensors[key] = Tensor(array.dtype, array.shape, lambda array=array: array)
+    name, _, revision = (os.path.abspath(base), "", "") if os.path.isdir(base) else base.partition("@")
+    source = f"{name!r}, revision={revision!r}" if revision else repr(name)
+    # With no dtype named, transformers loads the base in its own.
+    own = {key: value for key, value in config_to_json(config, "").items() if not key.endswith("dtype")}
+    with new_folder(folder) as aside, reading("writing", tensors.values()) as read:
+        write_json(os.path.join(aside, SETTINGS), _settings(lora, name, revision, list(whole)))
+        write_json(os.path.join(aside, "config.json"), own)
+        with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as file:
+            file.write(_README.format(base=name, source=source, window=config.max_position_embeddings))
+        write_safetensors(os.path.join(aside, WEIGHTS[0]), tensors, map(read, tensors.values()))
+        if tokenizer_from is not None:
+            hf.copy_tokenizer(tokenizer_from, aside, chat, window=config.max_position_embeddings)
+
+
+def _settings(lora: LoraConfig, base: str, revision: str, whole: list[str]) -> dict[str, Any]:
+    """The content of adapter_config.json; whole: names of the weights that are no matrices of LoRA."""
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision or None,
+        "inference_mode": True,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "target_modules": list(lora.targets),
+        "modules_to_save": list(dict.fromkeys(name.split(".")[-2] for name in whole)) or None,
+    }
+    # PEFT 0.6 and 0.7 fail over a key that came later.
+    return settings | ({"use_rslora": True} if lora.rslora else {})
+
+
+def _leaf_faults(config: ModelConfig, lora: LoraConfig, params: Params) -> list[str]:
+    leaves, layers = dict(flatten(params)), config.num_hidden_layers
+    needed: dict[tuple[str, ...], tuple[int, ...]] = {}
+    allowed: dict[tuple[str, ...], tuple[int, ...]] = {}
+    for rule in weight_rules(config):
+        if rule.input_axes and rule.path[-2] in lora.targets:
+            inputs, outputs = rule.shape[: rule.input_axes], rule.shape[rule.input_axes :]
+            needed[(*rule.path[:-1], "lora_a")] = (layers, *inputs, lora.rank)
+            needed[(*rule.path[:-1], "lora_b")] = (layers, lora.rank, *outputs)
+        elif rule.path[-1] in ("embedding", "scale") or rule.path[0] == "lm_head":
+            allowed[rule.path] = (layers, *rule.shape) if rule.layered else rule.shape
+    if any(path[-1] == "scale" for path in leaves):  # PEFT's "norm" stands for every module whose name ends so
+        needed |= {path: shape for path, shape in allowed.items() if path[-1] == "scale"}
+    faults = [f"missing {'/'.join(path)}" for path in needed if path not in leaves]
+    for path, leaf in leaves.items():
+        name, shape = "/".join(path), (allowed | needed).get(path)
+        if shape is None:
+            faults.append(f"unexpected {name}, give what was trained alone: partition(params, mask)[0]")
+        elif tuple(leaf.shape) != shape:
+            faults.append(f"{name} has shape {list(leaf.shape)}, not {list(shape)}")
+        elif leaf.dtype.name not in DTYPES:
+            faults.append(f"{name} is {leaf.dtype.name}, not one of {', '.join(DTYPES)}")
+    return faults
