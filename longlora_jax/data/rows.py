@@ -34,7 +34,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "function_response", "ipython"), "tool"),
 }
-SCORED = ("weight", "train", "training")  # OpenAI's, axolotl's: whether an answer is learnt
+SCORED = ("weight", "train", "training", "loss")  # OpenAI's, axolotl's, ms-swift's: whether an answer is learnt
 # Of a message, beside its role and text: what templates have places for.
 PLACES = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tool_call_id", "name")
 NEEDED_PLACES = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # without which an answer is another one

@@ -13,7 +13,7 @@ from longlora_jax.config import DataConfig
 from longlora_jax.data.chat_template import ChatTemplate, TemplateFault
 from longlora_jax.data.dialogue import Dialogue, Example, Renderer, encode_dialogues
 from longlora_jax.data.formats import Reading, Row
-from longlora_jax.data.rows import Malformed, conversation_of, parse_columns
+from longlora_jax.data.rows import Conversation, Malformed, conversation_of, parse_columns
 from longlora_jax.data.tokenizer import Tokenizer
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line
@@ -57,6 +57,7 @@ def read_examples(
                 lost["malformed"] += 1
                 continue
             unknown += said.unknown
+            unknown.update(sorted(_without_place(said, template)))
             dialogues += [(row, dialogue) for dialogue in made]
             lost["without an answer to learn"] += not made
         encoded = encode_dialogues([dialogue for _, dialogue in dialogues], tokenizer)
@@ -86,6 +87,13 @@ def read_examples(
     if unknown:
         fields = ", ".join(f"{one_line(name, 50)} ({n:,} rows)" for name, n in unknown.most_common(20))
         log.warning("fields that nothing reads: %s; data.columns=ours=theirs says what one is", fields)
+
+
+def _without_place(said: Conversation, template: ChatTemplate) -> set[str]:
+    """Fields of messages, and variables, of which the template does not even have the name."""
+    given = {name for message in said.messages for name, value in message.items() if value} - {"role", "content"}
+    lost = {f"{name} of messages" for name in given if name not in template.source}
+    return lost | {name for name in said.variables if name not in template.source}
 
 
 def _cut(

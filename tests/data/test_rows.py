@@ -58,7 +58,8 @@ def test_system_and_earlier_turns_are_part_of_the_conversation(row):
 
 
 @pytest.mark.parametrize(
-    ("field", "off", "on"), [("weight", 0, 1), ("weight", 0.0, 1.0), ("train", False, True), ("training", False, None)]
+    ("field", "off", "on"),
+    [("weight", 0, 1), ("weight", 0.0, 1.0), ("train", False, True), ("training", False, None), ("loss", False, True)],
 )
 @pytest.mark.parametrize("names", [("messages", "role", "content"), ("conversations", "from", "value")], ids=str)
 def test_an_answer_that_is_not_to_be_learnt_is_not_scored(field, off, on, names, tmp_path):
@@ -152,11 +153,14 @@ def test_fields_that_cannot_be_used_are_named(row, fault):
 
 def test_fields_that_nobody_reads_are_named_once_with_their_count(tmp_path, caplog):
     """Catches: a column that everybody thinks is used."""
-    rows = [{"instruction": "q", "output": "a", "id": n, "lang": "de" if n else None} for n in range(3)]
+    rows: list = [{"instruction": "q", "output": "a", "id": n, "lang": "de" if n else None} for n in range(3)]
+    rows[0] = {"messages": [m | {"mood": "gay"} for m in TURNS], "chat_template_kwargs": {"volume": 3}, "id": 1}
     with caplog.at_level(logging.INFO):
         examples(template_folder(tmp_path, CHATML), rows)
-    [line] = [r.message for r in caplog.records if "nothing reads" in r.message]
-    assert line.startswith("fields that nothing reads: id (3 rows), lang (2 rows);")
+        examples(template_folder(tmp_path, CHATML + "{# mood, volume #}"), rows)
+    [line, seen] = [r.message for r in caplog.records if "nothing reads" in r.message]
+    assert line.startswith("fields that nothing reads: id (3 rows), lang (2 rows), mood of messages (1 rows), volume")
+    assert "mood" not in seen and "volume" not in seen
 
 
 def test_columns_map_other_names(tmp_path):
