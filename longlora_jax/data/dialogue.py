@@ -106,19 +106,24 @@ class Renderer:
         numbers = list(range(len(messages)))
         if fault is None:
             return messages, numbers
-        folded = _folded(messages) if asked else None
-        if folded and self._refusal(folded, variables) is None:
-            if not self._fold_system:
-                raise TemplateFault(f"{fault}; data.fold_system=True puts a system message before the first question")
-            self.notes["rows have their system message folded into the first question"] += 1
-            return folded, numbers[1:]
         # ShareGPT's conversations often begin with an answer that nobody asked for.
         begin = next((k for k in numbers if messages[k]["role"] == "user"), asked)
-        rest = messages[:asked] + messages[begin:]
-        if begin == asked or self._refusal(rest, variables) is not None:
-            raise TemplateFault(fault)
-        self.notes["rows are without their opening answer, which the template refuses"] += 1
-        return rest, numbers[:asked] + numbers[begin:]
+        rest = numbers[:asked] + numbers[begin:]
+        for kept, folded in ((rest, False), (numbers, True), (rest, True)):
+            if folded > asked:
+                continue
+            made = [messages[k] for k in kept]
+            made = _folded(made) if folded else made
+            if not made or self._refusal(made, variables) is not None:
+                continue
+            if folded and not self._fold_system:
+                raise TemplateFault(f"{fault}; data.fold_system=True puts a system message before the first question")
+            if len(kept) < len(numbers):
+                self.notes["rows are without their opening answer, which the template refuses"] += 1
+            if folded:
+                self.notes["rows have their system message folded into the first question"] += 1
+            return made, kept[folded:]
+        raise TemplateFault(fault)
 
     def _refusal(self, messages: list[Message], variables: dict[str, Any]) -> str | None:
         try:

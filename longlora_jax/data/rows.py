@@ -160,7 +160,7 @@ def _add(found: Conversation, turns: Any, name: str, columns: Mapping[str, str])
             shown = one_line(repr(said), 50)
             raise Malformed(f"{where} is by {shown}: {who!r} is one of {', '.join(ROLES)}")
         more = {key: value for key, value in turn.items() if key not in (who, what, *SCORED)}
-        content = _content(turn.get(what), where, what, bool(more.get("tool_calls")))
+        content = _content(turn.get(what), where, what, any(map(more.get, (*NEEDED_PLACES, "function_call"))))
         if said == "function_call" or "function_call" in more:
             call = more.pop("function_call", content)
             more["tool_calls"] = [{"type": "function", "function": _call(call, where)}]
@@ -169,10 +169,10 @@ def _add(found: Conversation, turns: Any, name: str, columns: Mapping[str, str])
         found.scored.append(all(_is_scored(turn, key, where) for key in SCORED))
 
 
-def _content(content: Any, where: str, what: str, calls: bool) -> str:
+def _content(content: Any, where: str, what: str, more: bool) -> str:
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
-    if content is None and calls:
+    if content is None and more:  # a call of a tool, or a thought, is an answer as well
         return ""
     if not isinstance(content, str):
         raise Malformed(f"{where} has no text in {what!r}")

@@ -95,6 +95,9 @@ def test_a_system_message_that_the_template_does_not_take_is_folded_by_a_switch(
     [wanted] = examples(folder, [chat("Rhyme.\n\nq1", "a1", "q2", "a2")])
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(example, wanted, strict=True))
     assert "1 rows have their system message folded into the first question" in notes(caplog)
+    row["messages"].insert(1, {"role": "assistant", "content": "Hello."})  # and an opening that STRICT refuses as well
+    (opened,) = (texts(folder, example) for example in examples(folder, [row], fold_system=True))
+    assert opened[0].endswith(texts(folder, wanted)[0]) or template != STRICT
 
 
 def test_a_system_message_that_the_template_takes_is_not_folded(tmp_path):

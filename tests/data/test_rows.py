@@ -93,6 +93,15 @@ def test_templates_get_tools_calls_results_and_reasoning_as_transformers_gives_t
         {"messages": said, "tools": TOOLS},
         {"messages": [said[0], {**said[1], "content": None}, *said[2:]], "tools": json.dumps(TOOLS)},
         {
+            "messages": [
+                said[0],
+                {"role": "assistant", "content": None, "function_call": CALL["function"]},
+                {"role": "function", "content": "rain"},
+                said[3],
+            ],
+            "tools": TOOLS,
+        },
+        {
             "conversations": [
                 {"from": "human", "value": "weather?"},
                 {"from": "function_call", "value": json.dumps(CALL["function"])},
