@@ -1,5 +1,6 @@
 """Settings of every test: 8 fake CPU devices, strict shapes, fixed seeds, our warnings are errors; and a browser."""
 
+import importlib.metadata
 import logging
 import os
 import random
@@ -8,6 +9,12 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the work of most tests, and how well it is done says nothing: nine tenths of it are spared here
+# and in processes that tests start. XLA's emitters of fused loops are slow to compile; from jaxlib 0.11 on there are no
+# others.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+if importlib.metadata.version("jaxlib") < "0.11":
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -61,13 +68,15 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """One device, and a cache of compiled steps: each process would spend most of its time on the same ones."""
+    """One device, and a cache of compiled steps that all processes share: they spend most of their time on the same."""
+    base = tmp_path_factory.getbasetemp()
     cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_COMPILATION_CACHE_DIR": str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | cache
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    return os.environ | cache | {"XLA_FLAGS": flags}
 
 
 @pytest.fixture
@@ -99,9 +108,3 @@ def fake(script, monkeypatch):
     monkeypatch.setattr(script, "compile_train_step", step.compile)
     monkeypatch.setattr(script, "Evaluation", lambda config, model: lambda state, frozen: {"eval/loss": 2.0})
     return step
-
-
-@pytest.fixture(scope="session")
-def quick_environment(environment):
-    """For several processes at once: compiling is most of the work here, and how well it is done says nothing."""
-    return environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}

@@ -21,7 +21,7 @@ from longlora_jax.config import LoraConfig, MeshConfig
 from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
 from longlora_jax.generate import __main__ as command
-from longlora_jax.generate import generate, load_for_generation
+from longlora_jax.generate import generate, generation, load_for_generation
 from longlora_jax.generate.session import Sampling, Session, complete, draw, warp
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.model.lora import merge_lora
@@ -387,7 +387,7 @@ def test_a_workdir_without_a_checkpoint(tmp_path):
 
 def test_a_prompt_too_long_is_told_with_the_numbers_and_before_weights_are_read(tmp_path, monkeypatch):
     """Catches: minutes of reading weights before, or nonsense after a prompt that does not fit."""
-    monkeypatch.setattr(command, "place_weights", lambda *_: pytest.fail("weights are read"))
+    monkeypatch.setattr(generation, "place_weights", lambda *_: pytest.fail("weights are read"))
     opened = open_model(MODEL)
     window = opened.config.max_position_embeddings
     text = "a = 1\n" * window

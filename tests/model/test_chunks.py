@@ -1,6 +1,7 @@
 """A block in chunks is the block: same loss, same gradients, whatever is cut and wherever it runs."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -31,6 +32,25 @@ CASES = {  # name: (pattern, kv heads, chunks, mesh)
 }
 
 
+@functools.cache
+def whole(pattern: Pattern, kv_heads: int, packed: bool):
+    """(model, params, batch, its loss and gradients) of a block at once: several cases are held against one."""
+    config = tiny_config(
+        vocab_size=38,
+        num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+        hidden_size=32,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    alone = Llama(config, LORA, pattern, remat="block")
+    params = random_params(alone)
+    batch = random_batch(2, 32)
+    if packed:
+        batch["segment_ids"] = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 2]], [10, 9, 13], axis=1))
+    return alone, params, batch, loss_and_gradients(alone, params, batch)
+
+
 def loss_and_gradients(model: Llama, params, batch):
     def loss(params):
         total, tokens = loss_sums(params, batch, model=model, loss_chunk=16)
@@ -47,21 +67,8 @@ def test_chunks_change_nothing(name, packed):
     pattern, kv_heads, chunks, axes = CASES[name]
     if axes.get("context") == 4 and axes.get("fsdp"):
         pattern = Pattern("s2", 16)
-    config = tiny_config(
-        vocab_size=38,
-        num_attention_heads=8,
-        num_key_value_heads=kv_heads,
-        hidden_size=32,
-        attention_bias=True,
-        mlp_bias=True,
-    )
-    alone = Llama(config, LORA, pattern, remat="block")
-    params = random_params(alone)
-    batch = random_batch(2, 32)
-    if packed:
-        batch["segment_ids"] = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 2]], [10, 9, 13], axis=1))
+    alone, params, batch, (loss, gradients) = whole(pattern, kv_heads, packed)
     mesh = make_mesh(MeshConfig(**{"fsdp": 1} | axes), jax.devices()[: int(np.prod(list(axes.values()) or [1]))])
-    loss, gradients = loss_and_gradients(alone, params, batch)
     ours, our_gradients = loss_and_gradients(alone.clone(chunks=chunks, mesh=mesh if axes else None), params, batch)
     # float32, sums in another order: a few units of the last place of the largest gradient of a leaf.
     np.testing.assert_allclose(ours, loss, rtol=2e-6)

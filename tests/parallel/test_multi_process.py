@@ -27,22 +27,22 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch").iterdir())
 
 
-def test_losses_do_not_depend_on_processes_or_mesh(home, quick_environment, tmp_path):
+def test_losses_do_not_depend_on_processes_or_mesh(home, environment, tmp_path):
     """Catches: a host that reads another's rows, or the same; a shard that lands elsewhere; a checkpoint bound to its
     mesh or its number of hosts; steps reported twice or never; survivors of a lost process that hang or do not say why.
     """
     config = write_config(tmp_path, s2_run(home))
     command = [sys.executable, str(ROOT / "train.py"), "--config", config, "--workdir"]
     four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": quick_environment | four}
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment | four}
     alone = subprocess.Popen([*command, str(tmp_path / "alone")], **quiet)
 
-    said = Launched(quick_environment, tmp_path, 2, 2).kill(1)
+    said = Launched(environment, tmp_path, 2, 2).kill(1)
     assert len(said) == 1 and re.match("error: (lost process 1 on|process 0 of 2 was killed, or has lost)", said[0])
     assert "start the same command again on all hosts, the run resumes" in said[0]
 
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.context=2")
-    resumed = Launched(quick_environment, tmp_path, 4, 1, *mesh)
+    resumed = Launched(environment, tmp_path, 4, 1, *mesh)
     assert resumed.process.wait(timeout=300) == 0, resumed.output()
     assert len(re.findall("resumed at step [36]\n", resumed.output())) == 1  # the first process alone speaks
     _, err = alone.communicate()
@@ -66,7 +66,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("fault", ["a file", "the config"])
-def test_a_fault_on_one_host_ends_all(fault, home, quick_environment, tmp_path):
+def test_a_fault_on_one_host_ends_all(fault, home, environment, tmp_path):
     """Catches: hosts that wait forever for one that has said what is wrong and left; a line from each of them; hosts
     that train with different configs without a word.
     """
@@ -80,7 +80,7 @@ def test_a_fault_on_one_host_ends_all(fault, home, quick_environment, tmp_path):
         folder = tmp_path / "host1" if i and fault == "a file" else home
         flags = [f"--process_id={i}", *(["--config.seed=1"] if i and fault == "the config" else [])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        hosts.append(subprocess.Popen([*command, *flags], env=quick_environment, cwd=folder, **pipes))
+        hosts.append(subprocess.Popen([*command, *flags], env=environment, cwd=folder, **pipes))
     said = [host.communicate(timeout=60)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [2, 2], said
     reason = "'text.txt' does not exist" if fault == "a file" else "seed is not what process 0 has"
@@ -88,28 +88,28 @@ def test_a_fault_on_one_host_ends_all(fault, home, quick_environment, tmp_path):
     assert said[0].count("\n") == 1 and not (tmp_path / "work").exists()
 
 
-def test_a_coordinator_that_is_not_there(home, quick_environment, tmp_path):
+def test_a_coordinator_that_is_not_there(home, environment, tmp_path):
     """Catches: jax's abort with a stack trace, and minutes of silence before it."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", write_config(tmp_path, s2_run(home))]
     command += ["--workdir", str(tmp_path / "work"), "--num_processes=2", "--process_id=1", "--start_seconds=1"]
     command += [f"--coordinator=localhost:{free_port()}"]
-    ended = subprocess.run(command, env=quick_environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("error: process 0 was not reached at localhost:")
 
 
 @pytest.mark.parametrize("how", ["killed", "the first killed", "stopped", "bug"])
-def test_what_ends_one_process_ends_all(how, quick_environment):
+def test_what_ends_one_process_ends_all(how, environment):
     """Catches: survivors that hang, or that stop without a word or with another code; a silent first process."""
-    quick_environment, port = quick_environment | {"PYTHONPATH": str(ROOT)}, str(free_port())
+    environment, port = environment | {"PYTHONPATH": str(ROOT)}, str(free_port())
     if how == "bug":  # as srun starts them
         step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "3"}
-        quick_environment, port = quick_environment | step | {"JAX_COORDINATOR_PORT": port}, "0"
+        environment, port = environment | step | {"JAX_COORDINATOR_PORT": port}, "0"
     command = [sys.executable, str(ROOT / "tests" / "helpers" / "one_end_for_all.py"), port, "3"]
     last = ["5" if how == "stopped" else "30", "bug" if how == "bug" else "wait"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     tasks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(3)]
-    three = [subprocess.Popen([*command, str(i), *last], env=quick_environment | tasks[i], **pipes) for i in range(3)]
+    three = [subprocess.Popen([*command, str(i), *last], env=environment | tasks[i], **pipes) for i in range(3)]
     victim = {"killed": 2, "stopped": 2, "the first killed": 0}.get(how)
     if victim is not None:
         while three[victim].stdout.readline() != "added\n":

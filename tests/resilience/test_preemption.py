@@ -32,14 +32,14 @@ def wait_for_lines(workdir: Path, lines: int, process: subprocess.Popen) -> None
         time.sleep(0.01)
 
 
-def test_sigterm_saves_the_step_and_says_again(home, quick_environment, tmp_path):
+def test_sigterm_saves_the_step_and_says_again(home, environment, tmp_path):
     """Catches: a preempted run that goes back to its last save, an exit code that no scheduler starts again, a step
     that is reported twice."""
     changes = {"mode": "lora", "accumulation": 1, "batch_size": 2, "eval": EvalConfig()}
     config = write_config(tmp_path, longlora(home, steps=5000, save_every=5000, log_every=1, **changes))
     steps = []
     for before in (0, 1):
-        process = start(quick_environment, config, tmp_path / "work", f"--config.workers={before}")
+        process = start(environment, config, tmp_path / "work", f"--config.workers={before}")
         wait_for_lines(tmp_path / "work", len(steps) + 3, process)
         for pid in (*Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split(), process.pid):
             os.kill(int(pid), signal.SIGTERM)  # as SLURM does: to all processes, those that read the data as well
@@ -53,12 +53,12 @@ def test_sigterm_saves_the_step_and_says_again(home, quick_environment, tmp_path
         assert (f"resumed at step {saved[0]}\n" in out) == bool(before)
 
 
-def test_one_host_is_told_and_all_save_the_same_step(home, quick_environment, tmp_path):
+def test_one_host_is_told_and_all_save_the_same_step(home, environment, tmp_path):
     """Catches: hosts that end at different steps, wait for each other for good, or of which one is "lost"."""
     changes = {"batch_size": 4, "accumulation": 1, "eval": EvalConfig(), "steps": 5000, "save_every": 5000}
     config = s2_run(home)
     write_config(tmp_path, config.__class__(**{**config.__dict__, **changes}))
-    launched = Launched(quick_environment, tmp_path, 2, 1)
+    launched = Launched(environment, tmp_path, 2, 1)
     wait_for_lines(launched.workdir, 3, launched.process)
     os.kill(int(re.search(r"process 1: pid (\d+)", launched.output())[1]), signal.SIGTERM)
     assert launched.process.wait(timeout=90) == AGAIN, launched.output()
