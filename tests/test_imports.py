@@ -26,7 +26,7 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "data": None,
     "weights": (
         *("checksums", "hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "habits", "hf"),
-        *("peft_files", "peft_export", "peft", "gguf_tokenizer", "gguf", "converted", "load"),
+        *("peft_files", "peft_export", "peft", "gguf_reader", "gguf_tokenizer", "gguf", "converted", "load"),
     ),
     "parallel": ("rendezvous", "sharding", "distributed"),
     "generate": ("session", "generation", "__main__"),
@@ -42,7 +42,7 @@ WINGS = tuple(ORDER)
 WITHOUT_JAX = {
     *("data", "files", "progress"),
     *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "hf")),
-    *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_export", "peft", "gguf_tokenizer", "gguf")),
+    *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_export", "peft", "gguf_reader", "gguf_tokenizer", "gguf")),
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

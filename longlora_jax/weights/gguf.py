@@ -4,18 +4,16 @@ Keys and tensor names are those of llama.cpp's convert_hf_to_gguf.py, read by it
 """
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor, dequantize
+from gguf import ReaderTensor, dequantize
 
 from longlora_jax.attention.rope import RopeScaling, rope_frequencies
 from longlora_jax.config import ModelConfig
-from longlora_jax.errors import UserError
-from longlora_jax.files import one_line, refuse_pointer
+from longlora_jax.weights.gguf_reader import open_parts
 from longlora_jax.weights.gguf_tokenizer import tokenizer_files
 from longlora_jax.weights.hf_config import config_faults, refuse, rope_faults
 from longlora_jax.weights.rules import Params, build_params, cast_table, table_faults
@@ -51,7 +49,6 @@ _LLAMA3 = {
 _WORDS = ("general.architecture", "llama.rope.scaling.type", "tokenizer.ggml.model", "tokenizer.ggml.pre")
 _NUMBERS = ("llama.expert_count", "llama.attention.sliding_window", "llama.rope.scale_linear")
 _LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
-_MOST_VALUES = 2_000_000  # in a header, each some 600 bytes of memory; Llama 3 has 950,000: words, lengths, types
 _LONGEST_WORD = 4096
 
 Read = Callable[..., Any]
@@ -64,16 +61,16 @@ def load_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, Params, d
 
 
 def open_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, dict[str, Tensor], dict[str, str]]:
-    """Opens a GGUF file of a LLaMA in any type that the `gguf` package can dequantize.
+    """Opens a GGUF file of a LLaMA in any type that the `gguf` package can dequantize; in parts, by any one of them.
 
     dtype: a key of DTYPES; the weights are dequantized in float32, when they are read, and then rounded to it.
     Returns the config, the tensors under Hugging Face's names, and the tokenizer files {name: content}.
     All names, shapes and types are checked before a weight is read. Raises UserError.
     """
-    reader = _open(path)
-    refuse(path, [*_offset_faults(reader), *_name_faults(reader.tensors)])
-    tensors = {_hf_name(t.name): t for t in reader.tensors if t.name not in _ROPE_TENSORS}
-    rope_tensors = [t for t in reader.tensors if t.name in _ROPE_TENSORS]
+    reader, found = open_parts(path)
+    refuse(path, list(_name_faults(found)))
+    tensors = {_hf_name(t.name): t for t in found if t.name not in _ROPE_TENSORS}
+    rope_tensors = [t for t in found if t.name in _ROPE_TENSORS]
     refuse(path, list(_type_faults(rope_tensors)))
     divisors = {t.name: _array(t) for t in rope_tensors}
 
@@ -89,7 +86,7 @@ def open_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, dict[str,
 
     config = _config(path, read, tensors, divisors)
     table = {name: _tensor(name, tensor, config) for name, tensor in tensors.items()}
-    refuse(path, [*table_faults(config, table), *_type_faults(reader.tensors)])
+    refuse(path, [*table_faults(config, table), *_type_faults(found)])
     try:
         files = tokenizer_files(path, read, config)
     except ValueError as error:  # UserError, and what the tokenizers library says of a word
@@ -101,43 +98,6 @@ def open_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, dict[str,
 def _tensor(name: str, tensor: ReaderTensor, config: ModelConfig) -> Tensor:
     shape = tuple(tensor.shape.tolist()[::-1])
     return Tensor(DTYPES["float32"], shape, lambda: _weight(name, tensor, config))
-
-
-def _open(path: str) -> GGUFReader:
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file: give a GGUF file")
-    refuse_pointer(path)
-    try:
-        with np.errstate(over="ignore"):  # an offset of nearly 2**64
-            reader = _Reader(path)
-        if reader.byte_order != "I":
-            raise ValueError("its numbers are big-endian")
-        return reader
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError, RecursionError) as error:
-        raise UserError(f"{path} is no GGUF file, damaged or cut off ({one_line(str(error), 200)})") from error
-
-
-class _Reader(GGUFReader):
-    """GGUFReader itself follows any count that it finds, beyond the end of the file and for ever."""
-
-    values = 0
-
-    def _get(self, offset: int, dtype: Any, count: int = 1, *args: Any, **options: Any) -> np.ndarray:
-        found = super()._get(offset, dtype, count, *args, **options)
-        self.values += 1
-        if len(found) != count or self.values > _MOST_VALUES:
-            raise ValueError(f"byte {offset} begins {count} values that it does not have")
-        return found
-
-
-def _offset_faults(reader: GGUFReader) -> Iterator[str]:
-    """As in llama.cpp, tensors lie one after the other, from one multiple of the alignment to the next."""
-    at = reader.data_offset
-    yield from (f"{tensor.name} has no axes" for tensor in reader.tensors if not len(tensor.shape))
-    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
-        if tensor.data_offset != at:
-            yield f"{tensor.name} starts at byte {tensor.data_offset}, where {at} is expected"
-        at = tensor.data_offset + math.ceil(tensor.n_bytes / reader.alignment) * reader.alignment
 
 
 def _name_faults(tensors: list[ReaderTensor]) -> Iterator[str]:

@@ -164,7 +164,7 @@ def test_every_lost_chunk_is_named_at_once(place):
 
 def test_a_gguf_header_without_end_is_refused(place, monkeypatch):
     """Catches: hours over a header that claims as many values as the file has bytes."""
-    monkeypatch.setattr("longlora_jax.weights.gguf._MOST_VALUES", 100)
+    monkeypatch.setattr("longlora_jax.weights.gguf_reader._MOST_VALUES", 100)
     assert "values" in place.refused("from-gguf", {"m.gguf": gguf_file()}, source="source/m.gguf")
 
 
