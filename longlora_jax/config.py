@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from longlora_jax.attention.patterns import GROUPED, PATTERNS
 from longlora_jax.attention.rope import ROPE_TYPES, RopeScaling
-from longlora_jax.data_config import DataConfig, data_faults
+from longlora_jax.data_config import DataConfig, data_faults, part_faults, same_rows
 from longlora_jax.errors import UserError
 from longlora_jax.fields import type_faults
 
@@ -219,7 +219,8 @@ def validate(config: Config) -> None:
                 faults.append(f"{name}.path is empty: name a file, a folder or a glob, or what its source needs")
         else:
             faults.append(f"{name} is a {type(data).__name__}: give a DataConfig")
-    faults += _part_faults(config)
+    parts = {name: part for name, part in data_parts(config).items() if isinstance(part, DataConfig)}
+    faults += part_faults(parts if config.eval.every else {n: p for n, p in parts.items() if n != "eval.data"})
     if config.workers < 0:
         faults.append(f"workers={config.workers} must be 0 (none) or more")
     if config.early_stop < 0:
@@ -270,13 +271,9 @@ def with_held_out_eval(config: Config) -> Config:
         return config
     if not ours.path and ours.source != "python":
         ours = dataclasses.replace(data, max_tokens=0)
-    elif _same_rows(data, ours) and not ours.hold_out_share:
+    elif same_rows(data, ours) and not ours.hold_out_share:
         ours = dataclasses.replace(ours, hold_out_share=data.hold_out_share)
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, data=ours))
-
-
-def _same_rows(one: DataConfig, other: DataConfig) -> bool:
-    return (one.source, one.path, one.split) == (other.source, other.path, other.split)
 
 
 def name_of(data: DataConfig, config: Config) -> str:
@@ -288,26 +285,6 @@ def data_parts(config: Config) -> dict[str, DataConfig]:
     """Every DataConfig of a run by its name in the config."""
     more = {f"mixture[{i}]": data for i, data in enumerate(config.mixture)}
     return {"data": config.data, **more, "eval.data": config.eval.data}
-
-
-def _part_faults(config: Config) -> list[str]:
-    """What the data of a run may not have between them: two prompts, or rows that train and evaluate."""
-    faults, parts = [], {name: part for name, part in data_parts(config).items() if isinstance(part, DataConfig)}
-    if not config.eval.every:
-        parts.pop("eval.data", None)
-    prompts = {name: part.prompt for name, part in parts.items() if part.task == "sft"}
-    if len(set(prompts.values())) > 1:
-        given = ", ".join(f"{name}.prompt={prompt}" for name, prompt in prompts.items())
-        faults.append(f"{given}: a model is asked under one prompt, set the same everywhere")
-    if (ours := parts.get("eval.data")) is None or not ours.hold_out_share:
-        return faults
-    for name, part in parts.items():
-        if part is not ours and _same_rows(part, ours) and part.hold_out_share != ours.hold_out_share:
-            faults.append(
-                f"{name}.hold_out_share={part.hold_out_share} and eval.data.hold_out_share={ours.hold_out_share} are "
-                "of the same rows: set the same, or rows that are trained on would be evaluated"
-            )
-    return faults
 
 
 def _group_faults(attention: AttentionConfig, seq_len: int) -> list[str]:

@@ -28,6 +28,8 @@ class DataConfig:
     on_bad_row: str = "stop"  # stop | skip (and count): a row that cannot be read or has no text
     task: str = "text"  # text: every token is a target | sft: rows are instructions or chats, answers are the targets
     prompt: str = "chat"  # sft: chat (the tokenizer's own template) | alpaca (LongLoRA's Llama-2 prompt)
+    # sft: a system message for rows that have none; the run's template then has it for whoever asks without one.
+    system: str = ""
     columns: str = ""  # sft: ours=theirs,... where columns have other names: instruction=question; "tools=": not read
     too_long: str = "drop"  # sft, of examples longer than seq_len: drop | cut_left | cut_right | stop
     last_turn_only: bool = False  # sft: of a conversation's answers the last alone is learnt
@@ -73,7 +75,7 @@ def data_faults(name: str, data: DataConfig, seq_len: int) -> list[str]:
     if data.task == "sft" and data.source not in ROWS:
         faults.append(f"{name}.source={data.source!r} has no rows of instructions: use one of {', '.join(ROWS)}")
     if data.task != "sft":
-        given = [n for n in ("columns", "last_turn_only", "fold_system") if getattr(data, n)]
+        given = [n for n in ("system", "columns", "last_turn_only", "fold_system") if getattr(data, n)]
         given += ["too_long"] if data.too_long != "drop" else []
         faults += [f"{name}.{n} has no effect: it is for {name}.task='sft' (text_key names a text)" for n in given]
     if data.split != "train" and data.source != "hf":
@@ -88,4 +90,31 @@ def data_faults(name: str, data: DataConfig, seq_len: int) -> list[str]:
             f"{name}.hold_out_share is by a hash of each row, and source {data.source!r} has tokens alone: "
             "prepare two parts"
         )
+    return faults
+
+
+def same_rows(one: DataConfig, other: DataConfig) -> bool:
+    """Whether two read the same rows, their shares apart."""
+    return (one.source, one.path, one.split) == (other.source, other.path, other.split)
+
+
+def part_faults(parts: dict[str, DataConfig]) -> list[str]:
+    """What the data of a run, by their names, may not have between them: two prompts, rows that train and evaluate."""
+    faults = []
+    prompts = {
+        name: part.prompt + (f", {name}.system={part.system!r:.40}" if part.system else "")
+        for name, part in parts.items()
+        if part.task == "sft"
+    }
+    if len(set(prompts.values())) > 1:
+        given = ", ".join(f"{name}.prompt={prompt}" for name, prompt in prompts.items())
+        faults.append(f"{given}: a model is asked under one prompt, set the same everywhere")
+    if (ours := parts.get("eval.data")) is None or not ours.hold_out_share:
+        return faults
+    for name, part in parts.items():
+        if part is not ours and same_rows(part, ours) and part.hold_out_share != ours.hold_out_share:
+            faults.append(
+                f"{name}.hold_out_share={part.hold_out_share} and eval.data.hold_out_share={ours.hold_out_share} are "
+                "of the same rows: set the same, or rows that are trained on would be evaluated"
+            )
     return faults

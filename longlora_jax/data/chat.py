@@ -58,6 +58,10 @@ _ALPACA = """{%- if messages and messages[0]['role'] == 'system' -%}
   {%- endif -%}
 {%- endfor -%}
 """
+_SYSTEM = """{%- if not messages or messages[0]['role'] != 'system' -%}
+  {%- set messages = [{'role': 'system', 'content': SYSTEM}] + messages -%}
+{%- endif -%}
+"""
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,9 @@ def run_format(parts: Sequence[DataConfig], model_folder: str) -> ChatFormat:
     if chats is None:
         return ChatFormat(base.template, base.special, ends)
     tokenizer = load_tokenizer(chats.tokenizer or folder)
-    template = load_prompt(chats.prompt, chats.tokenizer or folder, tokenizer, add_bos=chats.add_bos)
+    template = load_prompt(
+        chats.prompt, chats.tokenizer or folder, tokenizer, add_bos=chats.add_bos, system=chats.system
+    )
     token, stop = closing_of(template, tokenizer)
     first = next((i for t, i in tokenizer.added_tokens().items() if t.strip() == token), tokenizer.eos_id)
     ends = tuple(dict.fromkeys(i for i in (first, *ends) if i is not None))
@@ -153,13 +159,18 @@ def run_format(parts: Sequence[DataConfig], model_folder: str) -> ChatFormat:
     return ChatFormat(template.source, special, ends, token, (stop,) if stop else ())
 
 
-def load_prompt(prompt: str, folder: str, tokenizer: Tokenizer | None = None, *, add_bos: bool = True) -> ChatTemplate:
+def load_prompt(
+    prompt: str, folder: str, tokenizer: Tokenizer | None = None, *, add_bos: bool = True, system: str = ""
+) -> ChatTemplate:
     """The template that data.prompt names: "chat", the tokenizer's own, or "alpaca", LongLoRA's prompt.
 
-    add_bos: LongLoRA's begins with BOS where the tokenizer adds one. Every day is FIXED_DAY. Raises UserError.
+    add_bos: LongLoRA's begins with BOS where the tokenizer adds one. system: a system message for messages without
+    one. Every day is FIXED_DAY. Raises UserError.
     """
+    before = _SYSTEM.replace("SYSTEM", _literal(system)) if system else ""
     if prompt == "chat":
-        return load_chat_template(folder, FIXED_DAY)
+        plain = load_chat_template(folder, FIXED_DAY)
+        return ChatTemplate(before + plain.source, special_tokens(folder), FIXED_DAY) if before else plain
     tokenizer = tokenizer or load_tokenizer(folder)
     special = special_tokens(folder)
     if tokenizer.eos_id is None:
@@ -171,7 +182,7 @@ def load_prompt(prompt: str, folder: str, tokenizer: Tokenizer | None = None, *,
     source = _ALPACA
     for name, value in names.items():
         source = source.replace(name, value)
-    return ChatTemplate(source, special, FIXED_DAY)
+    return ChatTemplate(before + source, special, FIXED_DAY)
 
 
 def _literal(text: str) -> str:

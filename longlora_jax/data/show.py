@@ -37,7 +37,7 @@ def marked(ids: np.ndarray, scored: np.ndarray | None, tokenizer: Tokenizer, lim
         text = tokenizer.decode(ids[max(0, start - 8) : stop])[len(before) :]
         parts.append(f"{BEGIN}{text}{END}" if scored[start:stop].any() else text)
     whole = "".join(parts)
-    if limit and len(whole) > limit:
+    if limit and len(whole) > limit + 50:  # else the note would be longer than what it stands for
         half = limit // 2
         whole = f"{whole[:half]} ... {len(whole) - 2 * half:,} characters ... {whole[-half:]}"
     return whole

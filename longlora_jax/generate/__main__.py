@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         help="asked after the text, or without one, as the model was trained to be asked (its chat template); may be "
         "given several times",
     )
+    add("--system", default="", metavar="TEXT", help="a system message, said before the text and the question")
     new_help = "tokens to write at most (default: %(default)s)"
     add("--max_new_tokens", type=number(int, 1, MOST), default=256, metavar="N", help=new_help)
     add("--stop", nargs="+", action="extend", default=[], metavar="TEXT", help="end before any of these texts")
@@ -75,17 +76,27 @@ def _check(args: argparse.Namespace) -> str:
     Sampling(args.temperature, args.top_k, args.top_p).validate()
     if args.sinks is not None and not args.window:
         raise UserError("--sinks needs --window: say how many last tokens to remember beside the first")
-    texts = {"--prompt": [args.prompt or ""], "--question": args.question or [], "--stop": args.stop}
+    texts = {
+        "--prompt": [args.prompt or ""],
+        "--question": args.question or [],
+        "--stop": args.stop,
+        "--system": [args.system],
+    }
     for name, given in texts.items():
         if re.search("[\ud800-\udfff]", "".join(given)):  # what Python makes of bytes that are none
             raise UserError(f"{name} is not UTF-8: write it again, or save a text as UTF-8 and give --prompt_file")
     if args.json:
         check_writable(args.json)
-    if args.prompt is None and args.prompt_file is None:
-        if not args.question:
-            raise UserError("there is nothing to go on with: give --prompt, --prompt_file or --question (see --help)")
+    if args.system and not args.question:
+        raise UserError("--system is said before a question: give --question")
+    if args.prompt_file is not None:
+        text = read_text(args.prompt_file)
+    elif args.prompt is not None:
+        text = args.prompt
+    elif args.question:
         return ""
-    text = args.prompt if args.prompt_file is None else read_text(args.prompt_file)
+    else:
+        raise UserError("there is nothing to go on with: give --prompt, --prompt_file or --question (see --help)")
     if not text.strip():
         raise UserError(f"{args.prompt_file or '--prompt'} is empty: give a text")
     return text
@@ -115,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opened = open_model(args.model)
     tokenizer = load_tokenizer(opened.tokenizer_dir)
     chat = opened.chat_format()
-    prompts = [prompt_ids(text, q, tokenizer, chat) for q in args.question or [None]]
+    prompts = [prompt_ids(text, q, tokenizer, chat, args.system) for q in args.question or [None]]
     longest = max(map(len, prompts))
     _check_window(opened.config, longest, args)
     if (largest := max(int(p.max()) for p in prompts)) >= opened.config.vocab_size:

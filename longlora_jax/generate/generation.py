@@ -76,15 +76,19 @@ def _best_mesh(config: ModelConfig):
     raise AssertionError("one device divides everything")
 
 
-def prompt_ids(text: str, question: str | None, tokenizer: Tokenizer, chat: ChatFormat) -> np.ndarray:
+def prompt_ids(text: str, question: str | None, tokenizer: Tokenizer, chat: ChatFormat, system: str = "") -> np.ndarray:
     """The ids [tokens] of a text, to be continued, or of a question about it ("": about nothing), to be answered.
 
-    A question goes through the model's template, if there is one, as what the user says after the text.
+    A question goes through the model's template, if there is one, as what the user says after the text;
+    system: a message before it, "" for none. Raises UserError if the template refuses.
     """
     if question is None:
         return tokenizer.encode(text)
     asked = f"{text}\n\n{question}" if text else question
-    return chat.ids([{"role": "user", "content": asked}], tokenizer) if chat else tokenizer.encode(f"{asked}\n")
+    if not chat:
+        return tokenizer.encode(f"{system}\n\n{asked}\n" if system else f"{asked}\n")
+    said = [{"role": "system", "content": system}] if system else []
+    return chat.ids([*said, {"role": "user", "content": asked}], tokenizer)
 
 
 def common_prefix(prompts: Sequence[np.ndarray]) -> int:

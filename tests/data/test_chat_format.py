@@ -138,3 +138,20 @@ def test_templates_of_real_models_end_as_they_say(tmp_path):
     for kind, end in {"smollm2": "<|im_end|>", "llama2": "</s>", "llama3": "<|eot_id|>"}.items():
         folder = model_folder(tmp_path / kind, kind, template=TEMPLATES[kind])
         assert sft(folder).end_token == end
+
+
+@pytest.mark.parametrize("prompt", ["chat", "alpaca"])
+def test_the_system_message_of_a_run_is_part_of_its_template(prompt, tmp_path):
+    """Catches: a system message under which a run was trained, and that nobody says to its export."""
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    folder = model_folder(tmp_path / "m", "smollm2", ENDLESS, CHATML)
+    said = 'Don\'t \\ "rhyme".\n'
+    asked = [{"role": "user", "content": "q"}]
+    [with_it], [own], [without] = (
+        examples(folder, [chat("q", "a", system=system)], prompt, system=of_run)
+        for system, of_run in (("", said), ("Sing.", said), (said, ""))
+    )
+    assert with_it[0].tolist() == without[0].tolist() != own[0].tolist()
+    export_format(folder, sft(folder, prompt=prompt, system=said))
+    ids = auto.from_pretrained(folder).apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert with_it[0][: len(ids)].tolist() == ids and with_it[1][len(ids)] == 1

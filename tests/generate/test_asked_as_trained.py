@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from chats import CHATML, ENDLESS, model_folder
+from chats import CHATML, ENDLESS, model_folder, template_folder
 from tiny import random_params, tiny_config
 
 import convert_weights
@@ -13,8 +13,11 @@ from longlora_jax.chat.conversation import Reader as ChatReader
 from longlora_jax.chat.document import Document
 from longlora_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, OptimConfig
 from longlora_jax.data import load_tokenizer
+from longlora_jax.data.chat import ChatFormat
+from longlora_jax.errors import UserError
 from longlora_jax.evals import longqa
 from longlora_jax.generate import __main__ as command
+from longlora_jax.generate.generation import prompt_ids
 from longlora_jax.model.decoder import Llama
 from longlora_jax.weights.hf import save_hf
 from longlora_jax.weights.load import open_model
@@ -98,3 +101,18 @@ def test_every_way_of_asking_gets_the_answer_and_its_end(prompt, template, train
     command.main([*asking(workdir, out), "--stop", content["end_token"]])
     said = json.loads(out.read_text())
     assert (said["text"], said["finished_by"]) == (ANSWER, "stop")
+
+
+def test_a_system_message_stands_before_the_question(tmp_path):
+    """Catches: --system that is dropped, with a template or without one."""
+    tokenizer = load_tokenizer(template_folder(tmp_path, CHATML))
+    for chat, wanted in (
+        (
+            ChatFormat(CHATML),
+            "<|im_start|>system\nRhyme.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (ChatFormat(), "Rhyme.\n\nq\n"),
+    ):
+        assert tokenizer.decode(prompt_ids("", "q", tokenizer, chat, "Rhyme.")) == wanted
+    with pytest.raises(UserError, match="--system is said before a question"):
+        command.main(["--model", "nowhere", "--prompt", "a", "--system", "b"])

@@ -132,7 +132,7 @@ def examples(
     """The examples (ids, scored) of rows under a prompt."""
     located = [Row(f"file.jsonl, line {number}", row) for number, row in enumerate(rows, 1)]
     data, tokenizer = DataConfig(task="sft", **options), load_tokenizer(folder)
-    template = load_prompt(prompt, folder, add_bos=data.add_bos)
+    template = load_prompt(prompt, folder, add_bos=data.add_bos, system=data.system)
     return list(read_examples(located, Reading(on_bad_row), tokenizer, template, data, window=window))
 
 
