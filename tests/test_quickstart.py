@@ -28,9 +28,8 @@ def _leaves(tree):
 def test_two_steps_of_everything(environment, tmp_path):
     """Catches a quickstart that breaks in any of its four parts."""
     command = [sys.executable, "-m", "longlora_jax.quickstart", "--steps", "2", "--tokens", "2048"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600
-    )
+    command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "quickstart.json").read_text())["rows"]
     assert [r["seq_len"] for r in table[EXTENDED_ROW]] == list(LENGTHS)
