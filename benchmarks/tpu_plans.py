@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from longlora_jax import errors
-from longlora_jax.files import write_json
+from longlora_jax.files import holds_nothing, write_json
 
 ROOT = Path(__file__).parent.parent
 ROWS = {  # name: (config, topology, devices on the context axis, further changes)
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where to write the results; rows that are there are kept")
     args = parser.parse_args()
     found = {}
-    if args.json and Path(args.json).exists():
+    if args.json and Path(args.json).exists() and not holds_nothing(args.json):
         found = json.loads(Path(args.json).read_text())
     print("| run | topology | GiB a chip | limit | host GiB a chip | compiled in |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")

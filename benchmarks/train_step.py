@@ -1,4 +1,4 @@
-"""Speed and memory of one LoRA+ training step, beside transformers + PEFT + SDPA doing the same step.
+"""Speed and memory of one training step of LongLoRA, beside transformers + PEFT + SDPA doing the same step.
 
 Command:  python benchmarks/train_step.py --json benchmarks/train_step.json   (about 15 minutes on 2 cores)
 

@@ -4,7 +4,8 @@ Command:   python convert_weights.py from-gguf FILE.gguf models/smollm2
            python train.py --config configs/smollm2_135m_16k.py --workdir runs/smollm2_16k \\
                --config.init_from=models/smollm2 --config.data.path='texts/**/*.txt'
 Hardware:  any GPU or TPU chip with 16 GB; a CPU computes it too, at minutes a step.
-Expected:  not measured yet. The bar is the untrained YaRN row of evals.perplexity, not the base's explosion.
+Expected:  on 7.2 M tokens of manuals and books, perplexity of novels at 16,384 is 26.83, where the base has 27.87 at its
+           own 8,192 and untrained YaRN 28.80 at 16,384 (docs/measured.md); an H200 takes a minute and a half.
 """
 
 from longlora_jax.config import AttentionConfig, Config, DataConfig, OptimConfig, RopeConfig
@@ -17,11 +18,11 @@ def get_config() -> Config:
         init_from="models/smollm2",
         model=smollm2_135m(),
         seq_len=16_384,
-        steps=300,
-        batch_size=8,
-        accumulation=8,
+        steps=220,
+        batch_size=2,
+        accumulation=2,
         rope=RopeConfig(type="yarn"),
         attention=AttentionConfig(full_last=0.1),
         data=DataConfig(source="text", path="texts"),
-        optim=OptimConfig(learning_rate=3e-4, schedule="cosine", end_ratio=0.1),
+        optim=OptimConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=18, end_ratio=0.1),
     )

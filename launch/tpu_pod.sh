@@ -9,7 +9,8 @@
 #
 # Every start, also after a host was lost, or with exit code 75 (saved after SIGTERM): the run resumes. Of spot or queued
 # resources that were taken away, create the pod again first.
-#   launch/tpu_pod.sh POD ZONE --config configs/7b_32k.py --workdir /mnt/shared/runs/7b_32k [flags of train.py]
+#   launch/tpu_pod.sh POD ZONE --config configs/7b_32k.py --workdir /mnt/shared/runs/7b_32k \
+#     --config.mesh.fsdp=2 --config.mesh.context=8 --config.accumulation=32 [flags of train.py]
 set -euo pipefail
 pod=${1:?POD ZONE --config FILE --workdir DIR are needed} zone=${2:?ZONE is needed}
 shift 2

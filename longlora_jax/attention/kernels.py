@@ -1,6 +1,6 @@
 """The fast ways to compute plain causal attention; LongLoRA's groups arrive here folded into the batch axis.
 
-No kernel knows about groups or shifts: attention.py cuts a pattern into pieces that are causal inside, and
+No kernel knows about groups or shifts: attend.py cuts a pattern into pieces that are causal inside, and
 every piece comes here as rows of a batch. TPUs run JAX's splash attention, NVIDIA's GPUs cuDNN's flash attention where
 it can (gpu_fault says where not). The XLA kernel below runs on any device: it is the tiling of FlashAttention-2
 (arXiv:2307.08691) written with jax.numpy: blocks of scores are made, used and dropped, blocks above the diagonal are

@@ -1,6 +1,6 @@
 """The attention patterns of LongLoRA as predicates: who may see whom. The single source of truth.
 
-Every kernel and every shortcut of attention.py is tested against `allowed`.
+Every kernel and every shortcut of attend.py is tested against `allowed`.
 """
 
 from dataclasses import dataclass

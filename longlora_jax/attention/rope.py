@@ -1,7 +1,7 @@
 """Rotary position embeddings: frequencies, scalings, apply_rope. weights/hf_rope.py has their form in config.json.
 
 Frequencies are those of transformers 5 (modeling_rope_utils.py), in NumPy. jax is imported where
-arrays are rotated and not above: hf.py reads a config.json in workers that never load jax.
+arrays are rotated and not above: weights/hf.py reads a config.json in workers that never load jax.
 """
 
 import dataclasses

@@ -93,7 +93,7 @@ class Session:
     """Rows that a model reads and continues: read() and then stream(), in any turns.
 
     rows: how many; tokens: the most that a row may come to; chunk: how many of a prompt are computed at once.
-    sinks, window: remember so many first and last tokens instead of all, and take any number (see cache.py).
+    sinks, window: remember so many first and last tokens instead of all, and take any number (see model/cache.py).
     lengths: [rows] tokens read so far, drawn ones included. Positions are absolute, and those of a row do not depend on
     its neighbours: a row gives what it would give alone. Scalings that go by length (dynamic, longrope) rotate what is
     read at once by the length that the row comes to with it, and each drawn token by the length with it, as

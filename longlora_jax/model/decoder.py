@@ -214,7 +214,7 @@ class Llama(nn.Module):
     """A LLaMA with optional adapters, under one attention pattern.
 
     dtype: of activations and of weights where they are multiplied; remat: a name out of REMAT; mesh: where it runs,
-    None for one device; chunks: a block's heads and tokens come in so many chunks (see linear.py); neftune_alpha: noise
+    None for one device; chunks: a block's heads and tokens come in so many chunks (see model/linear.py); neftune_alpha: noise
     on the embeddings where a dropout key is given, as in training alone.
     `apply({"params": params}, tokens)` gives logits; `method="hidden"` stops before the output projection.
     """
@@ -313,7 +313,7 @@ def abstract_params(model: Llama):
 
 
 def logical_axes(model: Llama):
-    """A tree like abstract_params of jax.sharding.PartitionSpec in logical names (see sharding.py)."""
+    """A tree like abstract_params of jax.sharding.PartitionSpec in logical names (see parallel/sharding.py)."""
     return nn.get_partition_spec(_abstract_weights(model))
 
 

@@ -1,7 +1,7 @@
 """Converted checkpoints: an orbax checkpoint written tensor by tensor, checked as it is written, resumed if stopped.
 
 OUT holds config.json (as Hugging Face has it), tokenizer files, digests.json and params/: the param tree of
-model.py as orbax keeps it, one zarr array a leaf. Chunks hold rows of Hugging Face's layout, so the bytes of a
+model/decoder.py as orbax keeps it, one zarr array a leaf. Chunks hold rows of Hugging Face's layout, so the bytes of a
 tensor pass from the one form to the other without being turned.
 """
 

@@ -1,6 +1,6 @@
 """One table of weights for every way in and out: names, shapes and layouts, there and here.
 
-There: Hugging Face's names, [out, in] matrices, one tensor a layer. Here: the nested dict of model.py, kernels
+There: Hugging Face's names, [out, in] matrices, one tensor a layer. Here: the nested dict of model/decoder.py, kernels
 [in, out] with the heads apart, a leading layer axis. A model in transit is a table {Hugging Face name: Tensor}.
 """
 

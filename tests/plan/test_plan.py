@@ -98,7 +98,7 @@ def test_groups_are_read_in_every_spelling():
 
 
 def compiled_step(mesh, pattern, seq_len, **options):
-    """The compiled LoRA+ step of a small model on a mesh, one row."""
+    """The compiled step of a small model on a mesh, one row."""
     config = tiny_config(num_key_value_heads=4, vocab_size=48, num_hidden_layers=3, head_dim=16)
     model = Llama(config, lora=LoraConfig(rank=2), pattern=pattern, remat="block", mesh=mesh, **options)
     params = jax.device_put(random_params(model), weight_shardings(mesh, logical_axes(model), abstract_params(model)))
