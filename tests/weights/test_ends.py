@@ -8,11 +8,12 @@ from chats import CHATML, ENDLESS, build, model_folder
 from tiny import random_params, tiny_config
 
 import convert_weights
-from longlora_jax.data.chat import adapter_format, folder_format
+from longlora_jax.config import Config, DataConfig
+from longlora_jax.data.chat import adapter_format, folder_format, run_format
 from longlora_jax.model.decoder import Llama
 from longlora_jax.weights.gguf_tokenizer import tokenizer_files
 from longlora_jax.weights.hf import save_hf
-from longlora_jax.weights.load import open_model
+from longlora_jax.weights.load import open_model, workdir_format, write_run_config
 
 
 def read(folder, name: str) -> dict:
@@ -84,3 +85,21 @@ def test_a_gguf_file_ends_where_llama_cpp_ends():
 
     assert json.loads(files()["generation_config.json"]) == {"eos_token_id": [2, 4]}
     assert "generation_config.json" not in files(eot_token_id=2)
+
+
+def test_a_workdir_says_what_its_run_trains_under(tmp_path):
+    """Catches: a run that forgets its prompt when its base or tokenizer changes, a workdir of an earlier version that
+    has none."""
+    base = model_folder(tmp_path / "base", "smollm2", ENDLESS, CHATML)
+    data = DataConfig("jsonl", "rows.jsonl", task="sft", prompt="alpaca", packing="best_fit", tokenizer=base)
+    config = Config(seq_len=64, steps=1, init_from=base, model=tiny_config(), data=data)
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints" / "3").mkdir(parents=True)
+    write_run_config(str(workdir), config)
+    saved = workdir_format(str(workdir))
+    assert saved == run_format([data], base) and "[INST]" in saved.template
+    (workdir / "chat_format.json").unlink()
+    assert workdir_format(str(workdir / "checkpoints" / "3")) == saved
+    write_run_config(str(workdir), config)
+    (tmp_path / "base" / "tokenizer_config.json").unlink()
+    assert workdir_format(str(workdir)) == saved
