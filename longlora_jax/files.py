@@ -93,6 +93,14 @@ def write_text(path: str, text: str) -> None:
         raise
 
 
+def holds_nothing(path: str) -> bool:
+    """Whether a file has nothing in it but blanks, as `touch` and `mktemp` make them."""
+    if not os.path.isfile(path) or os.path.getsize(path) > 4096:
+        return False
+    with open(path, "rb") as file:
+        return not file.read().strip()
+
+
 def check_writable(path: str) -> None:
     """Raises UserError if a file could not be written there."""
     if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):

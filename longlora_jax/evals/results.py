@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longlora_jax.errors import UserError
-from longlora_jax.files import one_line, read_json, write_json
+from longlora_jax.files import holds_nothing, one_line, read_json, write_json
 from longlora_jax.weights.load import fingerprint, is_workdir, split_step
 
 log = logging.getLogger(__name__)
@@ -29,14 +29,15 @@ class Results:
     """The results of a command, and its JSON file if it has one: those of an earlier call of the same settings count.
 
     head: the settings, all of what results depend on beside their key; key: the fields by which a result is known.
-    Results of other settings are replaced, and the log says so. Raises UserError for a file of something else.
+    Results of other settings are replaced, and the log says so. Raises UserError for a file of something
+    else; one with nothing in it is written over.
     """
 
     def __init__(self, path: str | None, head: dict[str, Any], key: Sequence[str]):
         self._path, self._key = path, tuple(key)
         self.head = json.loads(json.dumps(head))  # as it is read back: tuples are lists
         self.rows: list[dict[str, Any]] = []
-        if not path or not os.path.exists(path):
+        if not path or not os.path.exists(path) or holds_nothing(path):
             return
         found = read_json(path)
         rows = found.get("results")
