@@ -25,6 +25,7 @@ def _leaves(tree):
     return [leaf for child in tree.values() for leaf in (_leaves(child) if isinstance(child, dict) else [child])]
 
 
+@pytest.mark.slow
 def test_two_steps_of_everything(environment, tmp_path):
     """Catches a quickstart that breaks in any of its four parts."""
     command = [sys.executable, "-m", "longlora_jax.quickstart", "--steps", "2", "--tokens", "2048"]

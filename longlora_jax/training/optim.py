@@ -1,5 +1,7 @@
 """The optimizer of a run: schedule, clipping and AdamW over the trainable tree alone."""
 
+import functools
+
 import jax
 import optax
 
@@ -28,13 +30,11 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     """
     steps_of_adamw = optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=None if config.decay_norms else _decays,
+        # optax.adamw, whose own mask would change the tree of a checkpoint.
+        optax.chain(
+            optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+            optax.stateless(functools.partial(_decayed, config)),
+            optax.scale_by_learning_rate(make_schedule(config, steps)),
         ),
     )
     rates = own_rates(config)
@@ -49,14 +49,15 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     return optax.chain(steps_of_adamw, scale)
 
 
-def _decays(params):
-    """Which leaves weight decay pulls to zero: matrices. A norm's scale belongs near 1, a bias where it is."""
+def _decayed(config: OptimConfig, updates, params):
+    """The updates with weight decay of matrices: a norm's scale belongs near 1, a bias where it is."""
 
-    def matrix(path, _):
-        names = tuple(key.key for key in path)
-        return group_of(names) != "norm" and names[-1] != "bias"
+    def leaf(path, update, weight):
+        names = tuple(getattr(key, "key", key) for key in path)  # any tree will do, as optax takes any
+        spared = not config.decay_norms and (group_of(names) == "norm" or names[-1] == "bias")
+        return update if spared or not config.weight_decay else update + config.weight_decay * weight
 
-    return jax.tree_util.tree_map_with_path(matrix, params)
+    return jax.tree_util.tree_map_with_path(leaf, updates, params)
 
 
 def own_rates(config: OptimConfig) -> dict[str, float]:

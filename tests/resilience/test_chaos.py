@@ -109,6 +109,7 @@ def disturbed(chain: Chain, events: dict[str, int], kills: dict[str, int], rng: 
     return done
 
 
+@pytest.mark.slow
 def test_a_few_kills_change_nothing(undisturbed, environment, home, tmp_path):
     """Catches: weights or metrics of a run that was killed which are not those of one that was not; a line that is lost
     or there twice; half a corpus, model or checkpoint that is taken for a whole one."""

@@ -133,6 +133,7 @@ def test_groups_have_their_own_rates(decay):
         schedule="linear",
         warmup_steps=2,
         weight_decay=decay,
+        decay_norms=True,
     )
     rng, steps = np.random.default_rng(0), 6
     draw = lambda: jax.tree.map(lambda _: rng.standard_normal((3, 4), np.float32), GROUPS)  # noqa: E731
