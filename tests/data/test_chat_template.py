@@ -7,8 +7,8 @@ import time
 import pytest
 from chats import LLAMA2, TEMPLATES
 
-from longlora_jax.data.chat_template import ChatTemplate, TemplateFault, load_chat_template
 from longlora_jax.data.chat import load_prompt
+from longlora_jax.data.chat_template import ChatTemplate, TemplateFault, load_chat_template
 from longlora_jax.errors import UserError
 
 MESSAGES = [{"role": "user", "content": "é <b> 'q'\n"}, {"role": "assistant", "content": "a"}]

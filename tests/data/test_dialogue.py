@@ -113,6 +113,7 @@ def test_examples_longer_than_the_window(tmp_path, caplog):
     rows = [chat("q", "a"), chat("q" * 300, "yes"), chat("q", "yes " * 300)]
     whole = examples(folder, rows)
     window = 100
+    caplog.clear()  # another test may have set the level
     assert len(whole[0][0]) < window < min(len(ids) for ids, _ in whole[1:])
     with caplog.at_level(logging.INFO):
         assert len(examples(folder, rows, window=window)) == 1

@@ -398,7 +398,7 @@ def test_the_command(tmp_path, job):
     assert "tokenizing" in done.stderr
     for args, message in (
         (("--source", "jsonl", "--path", job.path, "--out", out), f"error: {out} exists already"),
-        (("--source", "csv", "--out", out), "error: argument --source: invalid choice: 'csv'"),
+        (("--source", "xml", "--out", out), "error: argument --source: invalid choice: 'xml'"),
         (("--source", "text", "--path", "nowhere", "--out", f"{out}2"), "error: 'nowhere' does not exist"),
     ):
         done = run(*args)

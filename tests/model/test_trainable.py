@@ -55,9 +55,7 @@ def test_what_each_mode_trains(tied):
     """LongLoRA without its norms or embedding; a bias or the head that trains along; a final norm left out."""
     config = tiny(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
     params = abstract_params(Llama(config, LORA))
-    trained = {
-        mode: paths(partition(params, trainable_mask(params, mode))[0]) for mode in ("lora", "longlora", "full")
-    }
+    trained = {mode: paths(partition(params, trainable_mask(params, mode))[0]) for mode in ("lora", "longlora", "full")}
     assert trained["lora"] == ADAPTERS
     assert trained["longlora"] == ADAPTERS | NORMS | {"embed_tokens/embedding"}
     head = set() if tied else {"lm_head/kernel"}

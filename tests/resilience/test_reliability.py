@@ -51,7 +51,7 @@ def read_only(*_):
         ((FakeStep, "__call__"), no_memory, "allocate 9876543210 bytes): lower batch_size or raise accumulation"),
         ((FakeStep, "compile"), no_memory, "set remat=block, raise chunks, lower loss_chunk"),
         ((metrics.MetricsLog, "write"), lost_mount, "Stale file handle: look at the disk or its mount"),
-        (("checkpoint", "write_run_config"), read_only, "Read-only file system: make it writable, or choose another"),
+        (("load", "write_run_config"), read_only, "Read-only file system: make it writable, or choose another"),
     ],
     ids=["full disk", "no memory for a step", "no memory to compile", "a lost mount", "read only"],
 )
