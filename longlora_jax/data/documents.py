@@ -157,7 +157,7 @@ def open_documents(data: DataConfig, tokenizer: Tokenizer, *, window: int = 0, h
         if data.hold_out or data.only:
             raise UserError(f"hold_out and only name files of text, source {data.source!r} has none: leave them out.")
         if data.source == "tokens":
-            documents: Documents = Memmap(data.path, vocab_size=tokenizer.vocab_size)
+            documents: Documents = Memmap(data.path, vocab_size=tokenizer.rows)
         else:
             documents = Prepared(data.path, tokenizer=tokenizer, add_bos=data.add_bos)
         return Head(documents, data.max_tokens) if data.max_tokens else documents

@@ -146,7 +146,7 @@ def _write_shards(folder: str, job: Job, corpus: Corpus, tokenizer: Tokenizer, d
     with progress_bar(corpus.size, label="tokenizing", unit=unit, start=start) as bar:
         for document in ids:
             position, skipped, text_sha256 = texts.notes.popleft()
-            writer = writer or _ShardWriter(folder, len(shards), encoding_of(tokenizer.vocab_size))
+            writer = writer or _ShardWriter(folder, len(shards), encoding_of(tokenizer.rows))
             writer.add(document)
             tokens += len(document)
             if text_sha256:
@@ -260,10 +260,10 @@ def _manifest(folder: str, job: Job, corpus: Corpus, tokenizer: Tokenizer, shard
     return {
         "format_version": VERSION,
         "tokenizer": {"folder": os.path.abspath(job.tokenizer), "fingerprint": tokenizer.fingerprint},
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": tokenizer.rows,
         "eos_id": tokenizer.eos_id,
         "add_bos": job.add_bos,
-        "encoding": encoding_of(tokenizer.vocab_size),
+        "encoding": encoding_of(tokenizer.rows),
         "record_tokens": RECORD_TOKENS,
         "documents": len(lengths),
         "tokens": int(lengths.sum()),

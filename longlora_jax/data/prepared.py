@@ -138,7 +138,7 @@ class Prepared:
 
     def _check_tokenizer(self, tokenizer: Tokenizer) -> None:
         ours, theirs = tokenizer.fingerprint, self.manifest["tokenizer"]["fingerprint"]
-        if ours == theirs and tokenizer.vocab_size != self.manifest["vocab_size"]:
+        if ours == theirs and tokenizer.rows != self.manifest["vocab_size"]:
             raise TypeError("'vocab_size'")
         if ours != theirs:
             name = one_line(self.manifest["tokenizer"]["folder"], 500)

@@ -49,6 +49,11 @@ class Tokenizer:
             return self._backend.largest_id()
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
+    @property
+    def rows(self) -> int:
+        """How many rows an embedding of all its ids needs: more than vocab_size where ids are left out."""
+        return self.max_id + 1
+
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids [tokens] int32 of a text, with BOS where this tokenizer adds one."""
         return self.encode_batch([text])[0]

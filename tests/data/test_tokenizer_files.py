@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat_template import load_chat_template
+from longlora_jax.data.prepare import Job, prepare
 from longlora_jax.data.stream import TextStream
 from longlora_jax.data.train_tokenizer import save_tokenizer, train_tokenizer
 from longlora_jax.errors import UserError
@@ -277,3 +278,20 @@ def test_bad_tables_of_tokens_are_refused(tmp_path, llama, files):
     shutil.copy(tmp_path / "t" / "tokenizer.json", tmp_path)
     with pytest.raises(UserError, match="decoder has|must be the token's id|is no text"):
         load_tokenizer(folder)
+
+
+def test_ids_beyond_the_number_of_tokens_are_kept(tmp_path):
+    """Catches: ids of a tokenizer with a hole stored in 16 bits, since it has fewer tokens than that."""
+    backend = train_tokenizer([TEXT], 300)
+    save_tokenizer(backend, str(tmp_path / "t"), model_max_length=64)
+    file = tmp_path / "t" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    last = max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    content["model"]["vocab"][last] = 70_000
+    file.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(str(tmp_path / "t"))
+    assert (tokenizer.vocab_size, tokenizer.max_id, tokenizer.rows) == (300, 70_000, 70_001)
+    (tmp_path / "corpus.txt").write_text(tokenizer.decode([70_000, 5, 70_000]) * 20)
+    prepare(Job("text", str(tmp_path / "corpus.txt"), str(tmp_path / "t")), str(tmp_path / "out"))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["encoding"], manifest["vocab_size"]) == ("uint32", 70_001)
