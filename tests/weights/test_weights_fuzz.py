@@ -77,7 +77,7 @@ def place(monkeypatch) -> Iterator[Place]:
 REFUSED = {
     "from-hf": {
         **{cut_off: 1100, header_lengths: 220, header_entries: 690, gaps: 140, header_texts: 200, tensors: 590},
-        **{indices: 980, configs: 590, ropes: 900, config_texts: 350, pickles: 740},
+        **{indices: 940, configs: 590, ropes: 900, config_texts: 350, pickles: 740},
     },
     "to-hf": {checkpoints: 740},
     "from-gguf": {ggufs: 680, gguf_numbers: 1300},
