@@ -5,7 +5,7 @@
 On a CPU: 1,024 to 16,384 tokens, a LLaMA of D 256, 2 layers, 4 heads of 64, F 704, V 1,024 in float32. On a GPU: 8,192
 to 131,072 tokens, LLaMA-2 7B's shape (--layers of it) in bfloat16, and beside our attention torch's flash attention on
 the same groups, in a process of its own. "attention" is one layer's forward and gradients for q, k and v; "step" is a
-training step (LoRA, embedding and norms) of one row, remat block. Every program is compiled first; then all take turns, one run each a round,
+training step of one row, remat block. Every program is compiled first; then all take turns, one run each a round,
 so that a machine which speeds up or slows down does so for all. Exponents are least squares of log(value) on log(T),
 over the best of the rounds; memory is what the compiler allots for temporaries.
 

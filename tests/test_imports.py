@@ -42,7 +42,8 @@ WINGS = tuple(ORDER)
 WITHOUT_JAX = {
     *("data", "files", "progress"),
     *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "hf")),
-    *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_export", "peft", "gguf_reader", "gguf_tokenizer", "gguf")),
+    *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_export", "peft")),
+    *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf")),
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

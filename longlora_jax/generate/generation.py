@@ -38,7 +38,7 @@ def generate(
 
     temperature 0 takes the likeliest token; otherwise top_k and top_p are transformers'. A row ends after one of
     eos_ids, when stop(row, its tokens) says so, or after max_new_tokens. chunk: tokens of the prompts computed at once.
-    sinks, window: in tokens, to remember these alone (see model/cache.py). on_token(row, token) hears each token as it comes.
+    sinks, window: in tokens, to remember these alone (model/cache.py). on_token(row, token) is called with each token.
     The model's window is not checked. Raises UserError.
     """
     if len(prompts) < 1 or min(map(len, prompts)) < 1 or max_new_tokens < 1:

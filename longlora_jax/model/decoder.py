@@ -214,8 +214,8 @@ class Llama(nn.Module):
     """A LLaMA with optional adapters, under one attention pattern.
 
     dtype: of activations and of weights where they are multiplied; remat: a name out of REMAT; mesh: where it runs,
-    None for one device; chunks: a block's heads and tokens come in so many chunks (see model/linear.py); neftune_alpha: noise
-    on the embeddings where a dropout key is given, as in training alone.
+    None for one device; chunks: a block's heads and tokens come in so many chunks (model/linear.py); neftune_alpha:
+    noise on the embeddings where a dropout key is given, as in training alone.
     `apply({"params": params}, tokens)` gives logits; `method="hidden"` stops before the output projection.
     """
 
