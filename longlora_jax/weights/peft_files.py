@@ -57,8 +57,8 @@ class Pair(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """That of the kernel which it fits, in Hugging Face's layout."""
-        shape = (self.b.shape[0], self.a.shape[1])
-        return shape[::-1] if self.of_embedding else shape
+        out, inputs = self.b.shape[0], self.a.shape[1]
+        return (inputs, out) if self.of_embedding else (out, inputs)
 
     def adapter(self) -> Adapter:
         """Its matrices, read, as what is summed into the kernel."""
