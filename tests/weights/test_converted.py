@@ -301,5 +301,7 @@ def test_the_folder_is_complete_for_the_next_command(tmp_path):
     for arguments in (("from-hf", "source", "out"), ("to-hf", "out", "hf")):
         done = convert(arguments[0], *(tmp_path / a for a in arguments[1:]))
         assert done.communicate() and done.returncode == 0
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+    ours, theirs = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "source"))
+    assert ours == theirs | {"eos_token_id": [2, 3]}  # every id that ends an answer, where config.json named none
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "hf" / name).read_text() == (tmp_path / "source" / name).read_text(), name
