@@ -21,7 +21,8 @@ from ml_collections import config_flags
 from longlora_jax.attention.kernels import kernel_name
 from longlora_jax.attention.patterns import FULL
 from longlora_jax.config import Config
-from longlora_jax.data import Batches, in_order, load_tokenizer, show
+from longlora_jax.data import Batches, in_order, show
+from longlora_jax.data.new_tokens import load_with_tokens
 from longlora_jax.errors import UserError, in_plain_words
 from longlora_jax.model import trainable
 from longlora_jax.model.decoder import Llama, abstract_params
@@ -202,7 +203,11 @@ def print_census(config: Config, model: Llama, mesh, step_fn, data: Batches) -> 
     for part, share, epochs in zip(data.parts, data.shares, data.epochs(config.steps), strict=True):
         print(f"data       {share:.1%} of rows, {epochs:.2f} epochs, {part.packing.line()}")
     if config.data.task == "sft":
-        print("\n".join(show.example_lines(data.parts[0].documents, load_tokenizer(config.data.tokenizer))))
+        print(
+            "\n".join(
+                show.example_lines(data.parts[0].documents, load_with_tokens(config.data.tokenizer, config.new_tokens))
+            )
+        )
     print(f"step       {tokens:,} tokens, {config.steps:,} steps")
     if rates := optim.own_rates(config.optim):
         print(f"rates      {', '.join(f'{group} {rate:g}' for group, rate in rates.items())}, all else as optim says")

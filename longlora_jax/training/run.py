@@ -81,11 +81,10 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     if config.continue_from:
         _check_earlier_run(config)
     if (warmup := config.optim.warmup_steps) >= config.steps:
-        most = min(config.steps / warmup, 1.0)
         log.warning(
             "optim.warmup_steps=%d of %d steps: the learning rate ends the run at %.0f%% of optim.learning_rate, still "
             "rising; lower optim.warmup_steps",
-            *(warmup, config.steps, 100 * most),
+            *(warmup, config.steps, 100 * config.steps / warmup),
         )
     if not load.is_workdir(workdir):
         if (Path(workdir) / "config.json").exists():
@@ -159,14 +158,10 @@ def _check_earlier_run(config: Config) -> None:
     earlier = load.read_run_config(config.continue_from)
     load.check_base(config.continue_from, config)
     names = ("mode",) if config.mode == "full" else ("mode", "lora")
-    if wrong := [f"{n}={getattr(earlier, n)}" for n in names if _plain_of(earlier, n) != _plain_of(config, n)]:
+    if wrong := [f"{n}={getattr(earlier, n)}" for n in names if getattr(earlier, n) != getattr(config, n)]:
         raise UserError(f"continue_from={config.continue_from} was trained with {', '.join(wrong)}: set the same")
     assert earlier.model is not None and config.model is not None  # both are resolved
     check_same_shape(config.model, earlier.model, config.continue_from)
-
-
-def _plain_of(config: Config, name: str):
-    return _plain(dataclasses.asdict(config)[name])
 
 
 def continued_state(config: Config, state: TrainState) -> TrainState:
