@@ -156,9 +156,9 @@ def test_a_bomb_of_zstd_takes_no_time(tmp_path):
     """Catches: a few kilobytes that unpack to much, and are copied over and over on the way."""
     file = write(tmp_path / "a.jsonl.zst", zstandard.compress(b'{"a": "' + b"x" * 100_000_000 + b'"}\n{"a": "b"}'))
     assert file.stat().st_size < 10_000
-    started = time.process_time()
+    started = time.thread_time()
     assert [len(row["a"]) for row in values(file)] == [100_000_000, 1]
-    assert time.process_time() - started < 4  # 0.5 s; 20 s with the copies
+    assert time.thread_time() - started < 4  # 0.5 s; 20 s with the copies
 
 
 def test_texts_are_read_exactly_and_binary_files_are_refused(tmp_path):

@@ -244,9 +244,9 @@ def test_many_blanks_before_an_answer_take_no_time(model):
     """Catches: a look for the end of an answer that begins again at every blank: a million of them took an hour."""
     said = Conversation(chat("q", "\n" * 200_000 + "yes")["messages"], [True] * 2)
     render = Renderer(load_prompt("chat", model), load_tokenizer(model).added_tokens())
-    started = time.process_time()
+    started = time.thread_time()
     assert [len(dialogue.turns) for dialogue in render(said)] == [1]
-    assert time.process_time() - started < 2  # 0.01 s
+    assert time.thread_time() - started < 2  # 0.01 s
 
 
 def test_a_marker_of_the_next_question_ends_no_answer(tmp_path):
