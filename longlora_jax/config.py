@@ -1,4 +1,4 @@
-"""The configuration of a model and of a run: plain dataclasses, checked by validate()."""
+"""The configuration of a run: plain dataclasses, checked by validate()."""
 
 import dataclasses
 import math
@@ -8,59 +8,14 @@ import typing
 from dataclasses import dataclass, field
 
 from longlora_jax.attention.patterns import GROUPED, PATTERNS
-from longlora_jax.attention.rope import ROPE_TYPES, RopeScaling
+from longlora_jax.attention.rope import ROPE_TYPES
 from longlora_jax.data_config import DataConfig, data_faults, part_faults, same_rows
 from longlora_jax.errors import UserError
 from longlora_jax.fields import type_faults
+from longlora_jax.model_config import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig, ModelConfig
 
-ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_TARGETS = ("gate_proj", "up_proj", "down_proj")
 MODES = ("longlora", "lora", "full")
 FORMER_MODES = {"lora_plus": "longlora"}  # read in configs of earlier versions
-
-
-@dataclass(kw_only=True, unsafe_hash=True)
-class ModelConfig:
-    """The shape and the constants of a LLaMA, named as in Hugging Face's config.json.
-
-    head_dim is given apart from hidden_size: some models do not have D = N * H.
-    max_position_embeddings is the window of the model as it is now, extended or not.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    tie_word_embeddings: bool
-    rope_scaling: RopeScaling | None = None
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-
-
-@dataclass(unsafe_hash=True)
-class LoraConfig:
-    """Adapters of a run; the defaults are the paper's."""
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ATTENTION_TARGETS
-    rslora: bool = False  # scale by alpha / sqrt(rank), arXiv:2312.03732
-
-    @property
-    def scale(self) -> float:
-        """What multiplies the product of the two matrices."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass

@@ -19,13 +19,15 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "progress": (),
     "attention": ("patterns", "rope", "kernels", "attend", "context_parallel"),
     "data_config": (),
+    "model_config": (),
     "config": (),
     "config_file": (),
     "presets": (),
-    "model": ("losses", "lora", "trainable", "on_mesh", "linear", "cache", "decoder"),
+    "model": ("losses", "lora", "trainable", "on_mesh", "linear", "layers", "cache", "decoder"),
     "data": None,
     "weights": (
-        *("checksums", "hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "habits", "hf"),
+        *("checksums", "hub", "tensors", "torch_files", "families", "hf_rope", "config_faults"),
+        *("hf_config", "rules", "layouts", "habits", "hf"),
         *("peft_files", "peft_export", "peft", "gguf_reader", "gguf_tokenizer", "gguf", "converted", "load"),
     ),
     "parallel": ("rendezvous", "sharding", "distributed"),
@@ -42,6 +44,7 @@ WINGS = tuple(ORDER)
 WITHOUT_JAX = {
     *("data", "files", "progress"),
     *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "hf")),
+    *(f"weights/{name}" for name in ("families", "config_faults", "layouts", "habits")),
     *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_export", "peft")),
     *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf")),
 }

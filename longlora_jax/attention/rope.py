@@ -112,28 +112,27 @@ def rope_frequencies(
     return inv_freq, _attention_factor(scaling)
 
 
-def rope_tables(
-    positions: "jax.Array", inv_freq: np.ndarray, attention_factor: float
-) -> tuple["jax.Array", "jax.Array"]:
-    """cos and sin [B, T, H/2] f32 of positions [B, T] int32; inv_freq: [H/2] f32."""
+def rope_tables(positions: "jax.Array", inv_freq: Any, attention_factor: float) -> tuple["jax.Array", "jax.Array"]:
+    """cos and sin [B, T, R/2] f32 of positions [B, T] int32; inv_freq: [R/2] f32, or [B, 1, R/2] of each row."""
     import jax.numpy as jnp
 
     # bf16 has 8 bits of mantissa: position 257 would round to 256, so angles stay f32.
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inv_freq)[None, None, :]
+    angles = positions[..., None].astype(jnp.float32) * (inv_freq if inv_freq.ndim == 3 else inv_freq[None, None])
     return jnp.cos(angles) * attention_factor, jnp.sin(angles) * attention_factor
 
 
 def apply_rope(x: "jax.Array", cos: "jax.Array", sin: "jax.Array") -> "jax.Array":
-    """Rotates the pairs (i, i + H/2) of each head, the layout of Hugging Face checkpoints.
+    """Rotates the pairs (i, i + R/2) of the first R features of each head, the layout of Hugging Face checkpoints.
 
-    x: [B, T, N, H]; cos, sin: [B, T, H/2] f32. Returns [B, T, N, H] in x's dtype, computed in f32.
+    x: [B, T, N, H]; cos, sin: [B, T, R/2] f32, R = H or less. Returns [B, T, N, H] in x's dtype, computed in f32.
     """
     import jax.numpy as jnp
 
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotary_dim = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :rotary_dim].astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return rotated if rotary_dim == x.shape[-1] else jnp.concatenate([rotated, x[..., rotary_dim:]], axis=-1)
 
 
 def extend_rope(

@@ -22,7 +22,8 @@ from longlora_jax.evals.command import check_outputs
 from longlora_jax.evals.reader import before_any
 from longlora_jax.files import write_json
 from longlora_jax.generate.generation import generate, load_for_generation
-from longlora_jax.model.decoder import Llama, output_kernel
+from longlora_jax.model.decoder import Llama
+from longlora_jax.model.losses import output_kernel, output_logits
 from longlora_jax.progress import progress_bar
 from longlora_jax.weights.load import at_step, open_model
 
@@ -202,7 +203,7 @@ def _score(llama: Llama, params, tokens):
 
     def some(part):
         x, targets = part
-        logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = output_logits(x, kernel, llama.config.final_logit_softcapping)
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return own - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == targets
 

@@ -21,7 +21,8 @@ from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.attention.rope import extend_rope
 from longlora_jax.config import MeshConfig, ModelConfig
 from longlora_jax.errors import UserError
-from longlora_jax.model.decoder import Llama, abstract_params, logical_axes, output_kernel
+from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
+from longlora_jax.model.losses import output_kernel
 from longlora_jax.model.on_mesh import token_nll_on_mesh
 from longlora_jax.parallel.sharding import make_mesh, place_weights, weight_shardings
 from longlora_jax.progress import progress_bar
@@ -238,7 +239,8 @@ def _nll_of_windows(
 def _target_nll(llama: Llama, params, tokens):
     """nll [B, T - 1] of every token [B, T] but the first, given those before it."""
     hidden = llama.apply({"params": params}, tokens, method="hidden")
-    return token_nll_on_mesh(hidden, output_kernel(params), jnp.roll(tokens, -1, axis=1), llama.mesh)[:, :-1]
+    targets, softcap = jnp.roll(tokens, -1, axis=1), llama.config.final_logit_softcapping
+    return token_nll_on_mesh(hidden, output_kernel(params), targets, llama.mesh, softcap=softcap)[:, :-1]
 
 
 def _mean(nll: np.ndarray) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlora_jax.attention.patterns import FULL
-from longlora_jax.attention.rope import rope_frequencies
 from longlora_jax.errors import UserError
 from longlora_jax.model.cache import cache_shardings, new_cache
-from longlora_jax.model.decoder import Llama, output_kernel
+from longlora_jax.model.decoder import Llama
+from longlora_jax.model.layers import frequencies_of
+from longlora_jax.model.losses import output_kernel, output_logits
 from longlora_jax.parallel.sharding import AXES
 
 SEEDS = 2**32
@@ -80,7 +81,7 @@ def _advance(model: Llama, params, cache, tokens, counts, logits):
     hidden: Any = model.apply({"params": params}, tokens, cache=cache, method="hidden")
     x, cache = hidden
     last = jnp.take_along_axis(x, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
-    new = jnp.dot(last, output_kernel(params).astype(last.dtype), preferred_element_type=jnp.float32)
+    new = output_logits(last, output_kernel(params), model.config.final_logit_softcapping)
     logits = jnp.where(counts[:, None] > 0, new, logits)
     cache = cache.replace(lengths=cache.lengths + counts, layer=jnp.zeros_like(cache.layer))
     if model.mesh is not None:
@@ -154,8 +155,9 @@ class Session:
 
     def mark(self) -> None:
         """Remembers this point for rewind()."""
-        # A cache of all tokens is rewound by its lengths: what was written since is written over.
-        cache = jax.tree.map(jnp.copy, self._cache) if self._window else None
+        # A cache of all tokens is rewound by its lengths: what was written since is written over. A ring has lost some.
+        is_ring = self._window or any(self.model.config.windows)
+        cache = jax.tree.map(jnp.copy, self._cache) if is_ring else None
         self._mark = (self.lengths, jnp.copy(self._logits), cache)
 
     def rewind(self) -> None:
@@ -196,8 +198,7 @@ class Session:
         c = self.model.config
         if self._window or c.rope_scaling is None or c.rope_scaling.rope_type not in ("dynamic", "longrope"):
             return
-        given = {"head_dim": c.head_dim, "theta": c.rope_theta, "scaling": c.rope_scaling}
-        rows = np.stack([rope_frequencies(seq_len=int(length), **given)[0] for length in lengths])
+        rows = np.stack([frequencies_of(c, int(length))[0] for length in lengths], axis=1)
         place = self._cache.frequencies.sharding
         self._cache = self._cache.replace(frequencies=jax.device_put(rows, place))
 

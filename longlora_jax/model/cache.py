@@ -1,7 +1,9 @@
 """What attention remembers while a model reads and writes on: keys and values, of all tokens or of a few.
 
-A cache of all tokens holds keys as they are rotated for their positions. Its slot is its position, so what a row's
-padding left behind lies in the future of all its tokens until they overwrite it: rows of any lengths go together.
+A cache of all tokens holds keys as they are rotated for their positions, in blocks of slots; each layer has a run of
+blocks. A layer with full attention has a slot for every position; one with a sliding window has a ring that holds the
+window and a chunk. What a row's padding left behind lies in the future of all its tokens until they overwrite it: rows
+of any lengths go together.
 
 A sink cache (StreamingLLM, arXiv:2309.17453) holds the first `sinks` tokens and a ring of the last ones. A token sees
 the sinks and the last `window` tokens, itself among them, at positions counted within the cache: it stands at
@@ -17,30 +19,40 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlora_jax.attention.context_parallel import row_axes
 from longlora_jax.attention.kernels import MASKED
-from longlora_jax.attention.rope import apply_rope, rope_frequencies
-from longlora_jax.config import ModelConfig
+from longlora_jax.attention.rope import apply_rope
+from longlora_jax.errors import UserError
+from longlora_jax.model.layers import frequencies_of, tables_of
+from longlora_jax.model_config import ModelConfig
 
 BLOCK = 512  # keys that are scored at once: no array is larger than B * N * T * BLOCK
+NO_LIMIT = 2**31 - 1
 
 
 class Cache(flax.struct.PyTreeNode):
-    """Keys and values of all layers, [L, B, K, S, H] each, of rows that have read lengths [B] int32 tokens.
+    """Keys and values of all layers, of rows that have read lengths [B] int32 tokens.
 
-    frequencies: [B, H/2] f32 of the rotary embedding of the tokens to come; layer: whose turn it is.
-    sinks, window: in tokens; window 0 is a cache of all tokens, S of them at most.
+    keys, values: [blocks, B, K, slots, H], of a sink cache one block for each layer. first, blocks: [L] int32, the run
+    of blocks of each layer; reach: [L] int32, how many tokens it sees, those of its window or all. frequencies: [ropes,
+    B, R/2] f32 of the rotary embeddings (model/layers.py) of the tokens to come; layer: whose turn it is.
+    sinks, window: of a sink cache, in tokens; window 0 is a cache of all tokens.
     """
 
     keys: jax.Array
     values: jax.Array
+    first: jax.Array
+    blocks: jax.Array
+    reach: jax.Array
     lengths: jax.Array
     frequencies: jax.Array
     layer: jax.Array
-    attention_factor: float = flax.struct.field(pytree_node=False)
+    attention_factors: tuple[float, ...] = flax.struct.field(pytree_node=False)
+    softcap: float | None = flax.struct.field(pytree_node=False)
     sinks: int = flax.struct.field(pytree_node=False)
     window: int = flax.struct.field(pytree_node=False)
 
@@ -53,30 +65,45 @@ def new_cache(
     With a window it takes any number of tokens. On a mesh rows lie over data and fsdp, heads over tensor and over what
     the rows left of the others.
     """
+    if window and (any(config.windows) or len(set(config.ropes)) > 1):
+        raise UserError(
+            "a model with sliding windows, or with layers without rotary embedding, has no sink cache: leave out "
+            "--sinks and --window (its own windows bound what most of its layers remember)"
+        )
     # A chunk is written whole, though its end may be padding beyond the last token.
-    slots = sinks + window + chunk if window else tokens + chunk
-    # Few sizes, so that little is compiled anew.
-    slots = -(-slots // BLOCK) * BLOCK if slots > BLOCK else 1 << (slots - 1).bit_length()
-    shape = (config.num_hidden_layers, rows, config.num_key_value_heads, slots, config.head_dim)
-    seq_len = sinks + window if window else 1
-    frequencies, factor = rope_frequencies(
-        head_dim=config.head_dim, theta=config.rope_theta, scaling=config.rope_scaling, seq_len=seq_len
-    )
+    if window:
+        size, counts, reach = _few_sizes(sinks + window + chunk), [1] * config.num_hidden_layers, [0]
+    else:
+        needed = [min(tokens, own or tokens) + chunk for own in config.windows]
+        size = min(BLOCK, _few_sizes(max(needed)))
+        counts = [-(-slots // size) for slots in needed]
+        reach = [own or NO_LIMIT for own in config.windows]
+    shape = (sum(counts), rows, config.num_key_value_heads, size, config.head_dim)
+    frequencies, factors = frequencies_of(config, sinks + window if window else 1)
 
     def empty():
         return Cache(
             keys=jnp.zeros(shape, dtype),
             values=jnp.zeros(shape, dtype),
+            first=jnp.asarray(np.cumsum([0, *counts[:-1]]), jnp.int32),
+            blocks=jnp.asarray(counts, jnp.int32),
+            reach=jnp.asarray(reach, jnp.int32),
             lengths=jnp.zeros(rows, jnp.int32),
-            frequencies=jnp.tile(frequencies[None], (rows, 1)),
+            frequencies=jnp.tile(frequencies[:, None], (1, rows, 1)),
             layer=jnp.zeros((), jnp.int32),
-            attention_factor=factor,
+            attention_factors=factors,
+            softcap=config.attn_logit_softcapping,
             sinks=sinks,
             window=window,
         )
 
     places = None if mesh is None else cache_shardings(jax.eval_shape(empty), mesh)
     return jax.jit(empty, out_shardings=places)()
+
+
+def _few_sizes(slots: int) -> int:
+    """The least of a few sizes that holds so many slots, so that little is compiled anew."""
+    return -(-slots // BLOCK) * BLOCK if slots > BLOCK else 1 << (slots - 1).bit_length()
 
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
@@ -92,7 +119,7 @@ def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
 
 
 def cache_tables(cache: Cache, t: int) -> tuple[Any, Any]:
-    """(cos, sin) for t tokens that follow: arrays [B, t, H/2], of a sink cache tuples of them (see attend_to_cache)."""
+    """(cos, sin) for t tokens that follow: as tables_of has them, of a sink cache tuples (see attend_to_cache)."""
     new = cache.lengths[:, None] + jnp.arange(t)[None]
     if not cache.window:
         return _tables(cache, new)
@@ -112,8 +139,7 @@ def cache_tables(cache: Cache, t: int) -> tuple[Any, Any]:
 
 
 def _tables(cache: Cache, positions):
-    angles = positions[..., None].astype(jnp.float32) * cache.frequencies[:, None, :]
-    return jnp.cos(angles) * cache.attention_factor, jnp.sin(angles) * cache.attention_factor
+    return tables_of(cache.frequencies, cache.attention_factors, positions)
 
 
 def _in_ring(cache: Cache, t: int):
@@ -138,26 +164,29 @@ def attend_to_cache(q, k, v, cos, sin, cache: Cache):
 def _attend_to_all(q, k, v, cos, sin, cache: Cache):
     t = q.shape[1]
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-
-    def one_row(array, new, at):
-        return jax.lax.dynamic_update_slice(array, new[None], (cache.layer, 0, at, 0))
+    size, first, blocks = cache.keys.shape[3], cache.first[cache.layer], cache.blocks[cache.layer]
+    slots, reach = blocks * size, cache.reach[cache.layer]
+    new = cache.lengths[:, None] + jnp.arange(t)[None]
+    at = new % slots
 
     def write(array, new):
-        return jax.vmap(one_row, (1, 0, 0), 1)(array, new.swapaxes(1, 2), cache.lengths)
+        one_row = lambda row, new, block, slot: row.at[block, :, slot].set(new)  # noqa: E731
+        return jax.vmap(one_row, (1, 0, 0, 0), 1)(array, new, first + at // size, at % size)
 
     cache = cache.replace(keys=write(cache.keys, k), values=write(cache.values, v))
-    positions = cache.lengths[:, None] + jnp.arange(t)[None]
-    size = min(BLOCK, cache.keys.shape[3])
+    last = cache.lengths[:, None] + t - 1
     q = _by_kv_head(q, k.shape[2])
 
     def block(j, sums):
-        slots = j * size + jnp.arange(size)
-        seen = slots[None, None] <= positions[:, :, None]
-        keys, values = (_block(x, cache.layer, j, size) for x in (cache.keys, cache.values))
-        return _add(sums, _scores(q, keys, seen), values)
+        slot = j * size + jnp.arange(size)[None]
+        position = (last - (last - slot) % slots)[:, None]  # of what lies in each slot, [B, 1, size]; < 0: nothing
+        ahead = new[:, :, None] - position
+        keys, values = (jax.lax.dynamic_index_in_dim(x, first + j, keepdims=False) for x in (cache.keys, cache.values))
+        seen = (position >= 0) & (ahead >= 0) & (ahead < reach)
+        return _add(sums, _scores(q, keys, seen, cache.softcap), values)
 
-    sums = jax.lax.fori_loop(0, (jnp.max(cache.lengths) + t + size - 1) // size, block, _nothing(q))
-    return _mean(sums), cache
+    longest = (jnp.max(cache.lengths) + t + size - 1) // size
+    return _mean(jax.lax.fori_loop(0, jnp.minimum(longest, blocks), block, _nothing(q))), cache
 
 
 def _attend_to_few(q, k, v, cos, sin, cache: Cache):
@@ -174,7 +203,7 @@ def _attend_to_few(q, k, v, cos, sin, cache: Cache):
     if sinks:
         keys, values = (x[cache.layer, :, :, :sinks] for x in (cache.keys, cache.values))
         seen = jnp.arange(sinks)[None, None] <= new[:, :, None]
-        sums = _add(sums, _scores(far, _turned(keys, cos[3], sin[3]), seen), values)
+        sums = _add(sums, _scores(far, _turned(keys, cos[3], sin[3]), seen, cache.softcap), values)
     size = min(BLOCK, slots)
 
     def block(j, sums):
@@ -182,7 +211,8 @@ def _attend_to_few(q, k, v, cos, sin, cache: Cache):
         position = part(in_ring)[:, None]
         seen = (position >= sinks) & (position <= new[:, :, None]) & (position > new[:, :, None] - cache.window)
         keys = _turned(_block(cache.keys, cache.layer, j, size), part(cos[1]), part(sin[1]))
-        return _add(sums, _scores(near, keys, seen), _block(cache.values, cache.layer, j, size))
+        values = _block(cache.values, cache.layer, j, size)
+        return _add(sums, _scores(near, keys, seen, cache.softcap), values)
 
     return _mean(jax.lax.fori_loop(0, slots // size, block, sums)), cache
 
@@ -204,10 +234,11 @@ def _block(array, layer, j, size: int):
     return jax.lax.dynamic_slice(array, (layer, 0, 0, j * size, 0), (1, b, kv_heads, size, h))[0]
 
 
-def _scores(q, keys, seen):
+def _scores(q, keys, seen, softcap: float | None):
     """Scaled scores [B, K, R, T, s] in float32; seen: [B, T, s]."""
-    scores = jnp.einsum("bkrth,bksh->bkrts", q, keys, preferred_element_type=jnp.float32)
-    return jnp.where(seen[:, None, None], scores / math.sqrt(q.shape[-1]), MASKED)
+    scores = jnp.einsum("bkrth,bksh->bkrts", q, keys, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    return jnp.where(seen[:, None, None], scores, MASKED)
 
 
 # A softmax that is summed up block by block: (weighted values, largest score, sum of weights).

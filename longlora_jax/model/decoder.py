@@ -1,7 +1,8 @@
-"""A LLaMA in Flax: the only file that knows flax.linen.
+"""The decoder in Flax, a LLaMA and what its relatives change in it: the only file that knows flax.linen.
 
-One declaration per weight: its shape, logical axes and initializer stand where the weight is used, and abstract
-parameters, shardings and real ones all follow from it (see `abstract_params`, `logical_axes`, `init_params`).
+What a family of models does otherwise are fields of ModelConfig with a LLaMA's values as defaults. One declaration per weight: its shape, logical
+axes and initializer stand where the weight is used, and abstract parameters, shardings and real ones all follow from it
+(see `abstract_params`, `logical_axes`, `init_params`).
 """
 
 import dataclasses
@@ -16,12 +17,13 @@ from jax.sharding import Mesh
 from longlora_jax.attention.context_parallel import HEADS, attend_on_mesh, constrain, exchange
 from longlora_jax.attention.kernels import keeps_cudnn
 from longlora_jax.attention.patterns import ABLATIONS, FULL, Pattern
-from longlora_jax.attention.rope import apply_rope, rope_frequencies, rope_tables
-from longlora_jax.config import ModelConfig
+from longlora_jax.attention.rope import apply_rope
 from longlora_jax.model.cache import Cache, attend_to_cache, cache_tables
-from longlora_jax.model.linear import Linear, Norm, SwiGLU, head_chunks, over_heads, over_sequence
-from longlora_jax.model.lora import LoraConfig
-from longlora_jax.model.on_mesh import embed_on_mesh
+from longlora_jax.model.layers import Kinds, frequencies_of, kinds_of, patterns_of, tables_of
+from longlora_jax.model.linear import FeedForward, Linear, Norm, head_chunks, over_heads, over_sequence
+from longlora_jax.model.losses import output_logits
+from longlora_jax.model.on_mesh import embed_on_mesh, neftune_noise
+from longlora_jax.model_config import LoraConfig, ModelConfig
 
 # What is kept of a block for its backward pass; everything else is computed again.
 _policies = jax.checkpoint_policies
@@ -44,14 +46,18 @@ def _declare(module: nn.Module, name: str, init_fn, axes: tuple[str, ...], shape
     return module.param(name, boxed, shape)  # pyright: ignore[reportReturnType]
 
 
-class RMSNorm(nn.Module):
-    """The learned scale of a Norm."""
+class NormWeights(nn.Module):
+    """The weights of a Norm: a scale and, of a LayerNorm, a bias."""
 
-    eps: float
+    config: ModelConfig
 
     @nn.compact
-    def __call__(self, features: int) -> Norm:
-        return Norm(_declare(self, "scale", nn.initializers.ones, ("norm",), (features,)), eps=self.eps)
+    def __call__(self, *features: int) -> Norm:
+        c, axes = self.config, ("norm",) * len(features)
+        neutral = nn.initializers.zeros if c.norm == "rms_unit_offset" else nn.initializers.ones
+        scale = _declare(self, "scale", neutral, axes, features)
+        bias = _declare(self, "bias", nn.initializers.zeros, axes, features) if c.norm == "layer" else None
+        return Norm(scale, bias, eps=c.rms_norm_eps, kind=c.norm)
 
 
 class Projection(nn.Module):
@@ -99,7 +105,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """q, k, v, RoPE at the true positions, attend() under the pattern; what o_proj reads, and its weights."""
+    """q, k, v, RoPE at the true positions, attend() under the layer's pattern; what o_proj reads, and its weights."""
 
     config: ModelConfig
     lora: LoraConfig | None
@@ -108,69 +114,86 @@ class Attention(nn.Module):
     chunks: int
 
     @nn.compact
-    def __call__(self, x, norm: Norm, cos, sin, segment_ids, cache: Cache | None = None):
+    def __call__(self, x, norm: Norm | None, kinds: Kinds | None, cos, sin, segment_ids, cache: Cache | None = None):
         """x: [B, T, D], before its norm. Returns (y [B, T, N, H], o_proj, cache)."""
         c, d = self.config, x.shape[-1]
-        linear = functools.partial(
-            Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.attention_bias, mesh=self.mesh
-        )
+        linear = functools.partial(Projection, stddev=c.initializer_range, lora=self.lora, mesh=self.mesh)
         heads, kv_heads = (c.num_attention_heads, c.head_dim), (c.num_key_value_heads, c.head_dim)
-        q = linear(heads, ("embed", "heads", "head_dim"), name="q_proj")(d)
-        k = linear(kv_heads, ("embed", "kv_heads", "head_dim"), name="k_proj")(d)
-        v = linear(kv_heads, ("embed", "kv_heads", "head_dim"), name="v_proj")(d)
+        bias = c.attention_bias or c.qkv_bias
+        q = linear(heads, ("embed", "heads", "head_dim"), use_bias=bias, name="q_proj")(d)
+        k = linear(kv_heads, ("embed", "kv_heads", "head_dim"), use_bias=bias, name="k_proj")(d)
+        v = linear(kv_heads, ("embed", "kv_heads", "head_dim"), use_bias=bias, name="v_proj")(d)
+        q_norm = k_norm = lambda x: x
+        if c.qk_norm:
+            shapes = (heads, kv_heads) if c.qk_norm == "projection" else (heads[1:], kv_heads[1:])
+            q_norm, k_norm = (NormWeights(c, name=f"{x}_norm")(*shape) for x, shape in zip("qk", shapes, strict=True))
+        rescale = c.score_scale * c.head_dim**0.5  # kernels scale by 1 / sqrt(H)
+
+        def project(q, k, v, x):
+            with jax.named_scope("qkv"):
+                x = norm(x) if norm else x
+                q, k, v = q_norm(q(x)), k_norm(k(x)), v(x)
+                return q if abs(rescale - 1) < 1e-6 else q * jnp.asarray(rescale, q.dtype), k, v
 
         def attend_heads(q, k, v, x):
-            with jax.named_scope("qkv"):
-                x = norm(x)
-                q, k, v = q(x), k(x), v(x)
+            q, k, v = project(q, k, v, x)
             with jax.named_scope("rope"):
                 q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
             q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
             with jax.named_scope("attend"):
-                return attend_on_mesh(q, k, v, self.pattern, self.mesh, segment_ids=segment_ids)
+                under = [
+                    functools.partial(attend_on_mesh, pattern=one, mesh=self.mesh, segment_ids=segment_ids)
+                    for one in patterns_of(c, self.pattern)
+                ]
+                return under[0](q, k, v) if len(under) == 1 else jax.lax.switch(kinds.window, under, q, k, v)
 
         if cache is None:
             y = over_heads(attend_heads, q, k, v, x, mesh=self.mesh, **self._head_chunks(x.shape[1]))
         else:
-            x = norm(x)
+            q, k, v = project(q, k, v, x)
             with jax.named_scope("attend"):
-                y, cache = attend_to_cache(q(x), k(x), v(x), cos, sin, cache)
-        out_axes = ("heads", "head_dim", "embed")
-        return y, linear((c.hidden_size,), out_axes, input_axes=2, name="o_proj")(*heads), cache
+                y, cache = attend_to_cache(q, k, v, cos, sin, cache)
+        o = linear((d,), ("heads", "head_dim", "embed"), use_bias=c.attention_bias, input_axes=2, name="o_proj")
+        return y, o(*heads), cache
 
     def _head_chunks(self, t: int) -> dict[str, int]:
         """{chunks, parts} of over_heads."""
         c, mesh = self.config, self.mesh
         parts = 1 if self.pattern.name in ("full", "short") else 2
-        if self.chunks == 1 or self.pattern.name in ABLATIONS or (mesh and mesh.shape["tensor"] > 1):
+        whole = self.pattern.name in ABLATIONS or c.qk_norm == "projection"
+        if self.chunks == 1 or whole or (mesh and mesh.shape["tensor"] > 1):
             return {"chunks": 1, "parts": parts}
         context = mesh.shape["context"] if mesh else 1
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        shares = context if exchange(self.pattern, t, heads, kv_heads, context) == HEADS else 1
+        how = {exchange(pattern, t, heads, kv_heads, context) for pattern in patterns_of(c, self.pattern)}
+        shares = context if HEADS in how else 1
         return {"chunks": head_chunks(self.chunks, heads, kv_heads, parts, shares), "parts": parts}
 
 
 class MLP(nn.Module):
-    """The weights of a SwiGLU."""
+    """The weights of a FeedForward."""
 
     config: ModelConfig
     lora: LoraConfig | None
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self) -> SwiGLU:
+    def __call__(self) -> FeedForward:
         c = self.config
         d, f = c.hidden_size, c.intermediate_size
         linear = functools.partial(
             Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.mlp_bias, mesh=self.mesh
         )
-        gate = linear((f,), ("embed", "mlp"), name="gate_proj")(d)
+        gate = linear((f,), ("embed", "mlp"), name="gate_proj")(d) if c.gated_mlp else None
         up = linear((f,), ("embed", "mlp"), name="up_proj")(d)
-        return SwiGLU(gate, up, linear((d,), ("mlp", "embed"), name="down_proj")(f))
+        return FeedForward(gate, up, linear((d,), ("mlp", "embed"), name="down_proj")(f), act=c.hidden_act)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block, in the form that nn.scan wants: ((x, cache), ...) -> ((x, cache), None)."""
+    """One transformer block, in the form that nn.scan wants: ((x, cache), kinds, ...) -> ((x, cache), None).
+
+    kinds: the numbers of this layer (model/layers.py), None where all layers are alike.
+    """
 
     config: ModelConfig
     lora: LoraConfig | None
@@ -179,39 +202,40 @@ class Block(nn.Module):
     chunks: int
 
     @nn.compact
-    def __call__(self, carry, cos, sin, segment_ids):
+    def __call__(self, carry, kinds: Kinds | None, cos, sin, segment_ids):
         x, cache = carry
-        d, eps = self.config.hidden_size, self.config.rms_norm_eps
+        c = self.config
+        pre, post = c.norm_placement != "post", c.norm_placement != "pre"
+
+        def norm(name: str, there: bool) -> Norm | None:
+            return NormWeights(c, name=name)(c.hidden_size) if there else None
+
+        if kinds is not None and cos.ndim == 4:
+            cos, sin = cos[kinds.rope], sin[kinds.rope]
         x = checkpoint_name(constrain(x, self.mesh), "block_input")
-        attention = Attention(self.config, self.lora, self.pattern, self.mesh, self.chunks, name="self_attn")
-        y, o, cache = attention(x, RMSNorm(eps, name="input_layernorm")(d), cos, sin, segment_ids, cache)
-        norm = RMSNorm(eps, name="post_attention_layernorm")(d)
-        mlp = MLP(self.config, self.lora, self.mesh, name="mlp")()
+        attention = Attention(c, self.lora, self.pattern, self.mesh, self.chunks, name="self_attn")
+        y, o, cache = attention(x, norm("input_layernorm", pre), kinds, cos, sin, segment_ids, cache)
+        after_attention = norm("post_attention_layernorm", post)
+        before_mlp = norm("pre_feedforward_layernorm" if post else "post_attention_layernorm", pre)
+        mlp = MLP(c, self.lora, self.mesh, name="mlp")()
+
+        def add(x, y, norm: Norm | None):
+            y = norm(y) if norm else y
+            return x + (y if c.residual_multiplier == 1 else y * jnp.asarray(c.residual_multiplier, y.dtype))
 
         def rest(weights, x, y):
-            o, norm, mlp = weights
-            x += o(y)
-            return x + mlp(norm(x))
+            o, after_attention, before_mlp, mlp, after_mlp = weights
+            out = add(x, o(y), after_attention)
+            read = x if c.use_parallel_residual else out
+            return add(out, mlp(before_mlp(read) if before_mlp else read), after_mlp)
 
-        x = over_sequence(rest, (o, norm, mlp), x, y, mesh=self.mesh, chunks=self.chunks)
+        weights = o, after_attention, before_mlp, mlp, norm("post_feedforward_layernorm", post)
+        x = over_sequence(rest, weights, x, y, mesh=self.mesh, chunks=self.chunks)
         return (constrain(x, self.mesh), cache), None
 
 
-def neftune_noise(key, x, alpha: float, segment_ids=None):
-    """Uniform noise in +-alpha / sqrt(L D) for embeddings x [B, T, D]. arXiv:2310.05914.
-
-    L: tokens of the sequence that a token belongs to: its segment, or the whole row without segment_ids [B, T].
-    """
-    lengths = jnp.full(x.shape[:2], x.shape[1])
-    if segment_ids is not None:
-        lengths = jax.vmap(lambda row: jnp.bincount(row, length=row.size + 1)[row])(segment_ids)
-    bound = alpha * jax.lax.rsqrt((lengths * x.shape[2]).astype(jnp.float32))
-    noise = jax.random.uniform(key, x.shape, jnp.float32, -1, 1)
-    return (noise * jnp.broadcast_to(bound[..., None], x.shape)).astype(x.dtype)
-
-
 class Llama(nn.Module):
-    """A LLaMA with optional adapters, under one attention pattern.
+    """A model with optional adapters, its full layers under one attention pattern.
 
     dtype: of activations and of weights where they are multiplied; remat: a name out of REMAT; mesh: where it runs,
     None for one device; chunks: a block's heads and tokens come in so many chunks (model/linear.py); neftune_alpha:
@@ -239,17 +263,18 @@ class Llama(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         self.layers = scan(c, self.lora, self.pattern, self.mesh, self.chunks)
-        self.norm = RMSNorm(c.rms_norm_eps)
+        self.norm = NormWeights(c)
         if not c.tie_word_embeddings:
             self.lm_head = _Weight("kernel", (c.hidden_size, c.vocab_size), ("embed", "vocab"), normal)
 
     def hidden(self, tokens, positions=None, segment_ids=None, cache: Cache | None = None):
-        """tokens, positions, segment_ids: [B, T] int32; positions default to 0..T-1. Returns [B, T, D], normed.
+        """tokens, positions, segment_ids: [B, T] int32; positions default to 0..T-1. Returns [B, T, D], normed (and
+        scaled, where the model scales its logits).
 
         With a cache the tokens follow what it holds, positions and segment_ids are not read, attention is full, and
         (x, cache) is returned; the caller says how far its lengths go on.
@@ -259,24 +284,26 @@ class Llama(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         with jax.named_scope("embed"):
             x = embed_on_mesh(self.embed_tokens(), tokens, self.mesh, self.dtype, chunks=self.chunks)
+            if c.embedding_multiplier != 1:
+                x *= jnp.asarray(c.embedding_multiplier, x.dtype)
             if self.neftune_alpha and self.has_rng("dropout"):
                 x += constrain(neftune_noise(self.make_rng("dropout"), x, self.neftune_alpha, segment_ids), self.mesh)
-        frequencies = rope_frequencies(
-            head_dim=c.head_dim,
-            theta=c.rope_theta,
-            scaling=c.rope_scaling,
-            seq_len=tokens.shape[1],
-        )
-        cos, sin = rope_tables(positions, *frequencies) if cache is None else cache_tables(cache, tokens.shape[1])
-        (x, cache), _ = self.layers((x, cache), cos, sin, segment_ids)
-        return self.norm(c.hidden_size)(x) if cache is None else (self.norm(c.hidden_size)(x), cache)
+        if cache is None:
+            cos, sin = tables_of(*frequencies_of(c, tokens.shape[1]), positions)
+        else:
+            cos, sin = cache_tables(cache, tokens.shape[1])
+        (x, cache), _ = self.layers((x, cache), kinds_of(c), cos, sin, segment_ids)
+        x = self.norm(c.hidden_size)(x)
+        if c.logits_scaling != 1:
+            x /= jnp.asarray(c.logits_scaling, x.dtype)
+        return x if cache is None else (x, cache)
 
     def __call__(self, tokens, positions=None, segment_ids=None, cache: Cache | None = None):
         """As `hidden`, then the output projection: logits [B, T, V] float32, or (logits, cache)."""
         x = self.hidden(tokens, positions, segment_ids, cache)
         x, cache = x if isinstance(x, tuple) else (x, None)
         kernel = self.embed_tokens().T if self.config.tie_word_embeddings else self.lm_head()
-        logits = jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = output_logits(x, kernel, self.config.final_logit_softcapping)
         return logits if cache is None else (logits, cache)
 
 
@@ -291,11 +318,6 @@ class _Weight(nn.Module):
     @nn.compact
     def __call__(self):
         return _declare(self, self.leaf, self.init_fn, self.axes, self.shape)
-
-
-def output_kernel(params):
-    """The output projection [D, V] of a param tree: lm_head, or the transposed embedding of a tied model."""
-    return params["lm_head"]["kernel"] if "lm_head" in params else params["embed_tokens"]["embedding"].T
 
 
 def _boxed_init(model: Llama, key):
@@ -319,7 +341,7 @@ def logical_axes(model: Llama):
 
 def _abstract_weights(model: Llama):
     # Tracing takes a second, and a planner asks for many windows: what weights do not depend on is left out.
-    config = dataclasses.replace(model.config, rope_scaling=None, max_position_embeddings=1)
+    config = dataclasses.replace(model.config, rope_scaling=None, max_position_embeddings=1, layer_types=())
     bare = Llama(config, model.lora and dataclasses.replace(model.lora))
     return _traced_weights(bare)  # pyright: ignore[reportArgumentType]: modules have a hash
 

@@ -5,6 +5,7 @@ sequence neither fits: then heads come a few at a time, the sequence a piece at 
 is computed once more in its backward pass.
 """
 
+import functools
 import math
 
 import flax.struct
@@ -32,16 +33,31 @@ def project(x, kernel, input_axes: int = 1, *, merge: bool = True):
 
 
 class Norm(flax.struct.PyTreeNode):
-    """x / rms(x) * scale over the last axis, in float32; scale: [D]. arXiv:1910.07467."""
+    """A normalization of the last axis, computed in float32. scale: [D], or of several axes together; bias: likewise.
+
+    kind: rms, x / rms(x) * scale (arXiv:1910.07467); rms_unit_offset, times 1 + scale, rounded once (Gemma's); layer,
+    (x - mean) / std * scale + bias (arXiv:1607.06450).
+    """
 
     scale: jax.Array
+    bias: jax.Array | None
     eps: float = flax.struct.field(pytree_node=False)
+    kind: str = flax.struct.field(pytree_node=False)
 
     def __call__(self, x):
-        """x: [..., D]."""
+        """x: [..., *scale.shape]."""
+        axes = tuple(range(-self.scale.ndim, 0))
         x32 = x.astype(jnp.float32)
-        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * jnp.broadcast_to(self.scale.astype(x.dtype), x.shape)
+        if self.kind == "layer":
+            x32 -= jnp.mean(x32, axis=axes, keepdims=True)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + self.eps)
+        if self.kind == "rms":
+            return x32.astype(x.dtype) * jnp.broadcast_to(self.scale.astype(x.dtype), x.shape)
+        scale = self.scale.astype(jnp.float32) + (1 if self.kind == "rms_unit_offset" else 0)
+        x32 *= jnp.broadcast_to(scale, x.shape)
+        if self.bias is not None:
+            x32 += jnp.broadcast_to(self.bias.astype(jnp.float32), x.shape)
+        return x32.astype(x.dtype)
 
 
 class Linear(flax.struct.PyTreeNode):
@@ -99,16 +115,25 @@ class Linear(flax.struct.PyTreeNode):
         )
 
 
-class SwiGLU(flax.struct.PyTreeNode):
-    """down(silu(gate x) * up x). arXiv:2002.05202."""
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
-    gate: Linear
+
+class FeedForward(flax.struct.PyTreeNode):
+    """down(act(gate x) * up x) (arXiv:2002.05202), or down(act(up x)) without a gate. act: a name out of ACTIVATIONS."""
+
+    gate: Linear | None
     up: Linear
     down: Linear
+    act: str = flax.struct.field(pytree_node=False)
 
     def __call__(self, x):
         """x: [..., D]."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        act = ACTIVATIONS[self.act]
+        return self.down(act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x))
 
 
 def over_heads(attend_heads, q: Linear, k: Linear, v: Linear, x, *, mesh: Mesh | None, chunks: int, parts: int):

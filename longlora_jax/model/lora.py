@@ -7,7 +7,7 @@ the head axes of the kernel kept apart. Its rank, targets and scale are a LoraCo
 import jax
 import jax.numpy as jnp
 
-from longlora_jax.config import LoraConfig
+from longlora_jax.model_config import LoraConfig
 
 INPUT_AXES = {"o_proj": 2}  # o_proj reads [N, H]; every other projection reads one axis
 

@@ -1,5 +1,7 @@
 """Embedding and loss over a mesh: rows and the sequence cut over devices, every device its own tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -41,31 +43,51 @@ def embed_on_mesh(embedding, tokens, mesh: Mesh | None, dtype, *, chunks: int = 
     return run(embedding, tokens)
 
 
-def cross_entropy_on_mesh(hidden, kernel, targets, weights, mesh: Mesh | None, *, chunk: int):
+def neftune_noise(key, x, alpha: float, segment_ids=None):
+    """Uniform noise in +-alpha / sqrt(L D) for embeddings x [B, T, D]. arXiv:2310.05914.
+
+    L: tokens of the sequence that a token belongs to: its segment, or the whole row without segment_ids [B, T].
+    """
+    lengths = jnp.full(x.shape[:2], x.shape[1])
+    if segment_ids is not None:
+        lengths = jax.vmap(lambda row: jnp.bincount(row, length=row.size + 1)[row])(segment_ids)
+    bound = alpha * jax.lax.rsqrt((lengths * x.shape[2]).astype(jnp.float32))
+    noise = jax.random.uniform(key, x.shape, jnp.float32, -1, 1)
+    return (noise * jnp.broadcast_to(bound[..., None], x.shape)).astype(x.dtype)
+
+
+def cross_entropy_on_mesh(hidden, kernel, targets, weights, mesh: Mesh | None, *, chunk: int, softcap=None):
     """losses.cross_entropy with every device scoring its own tokens, in chunks of its own.
 
     hidden: [B, T, D]; kernel: [D, V], gathered on every device; targets, weights: [B, T]. The tokens of a tensor axis,
     which all of its devices hold, are shared out among them where they divide.
     """
     if mesh is None or mesh.size == 1:
-        return cross_entropy(hidden, kernel, targets, weights, chunk=chunk)
+        return cross_entropy(hidden, kernel, targets, weights, chunk=chunk, softcap=softcap)
     rows = row_axes(hidden.shape[0], mesh)
     sequence = ("context", "tensor")
     if hidden.shape[1] % (mesh.shape["context"] * mesh.shape["tensor"]):
         sequence = ("context",)
 
     def local(hidden, kernel, targets, weights):
-        return jax.lax.psum(cross_entropy(hidden, kernel, targets, weights, chunk=chunk), (*rows, *sequence))
+        sums = cross_entropy(hidden, kernel, targets, weights, chunk=chunk, softcap=softcap)
+        return jax.lax.psum(sums, (*rows, *sequence))
 
     specs = (P(rows, sequence, None), P(), P(rows, sequence), P(rows, sequence))
     run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(P(), P()), check_vma=False)
     return run(hidden, kernel, targets, weights)
 
 
-def token_nll_on_mesh(hidden, kernel, targets, mesh: Mesh | None):
+def token_nll_on_mesh(hidden, kernel, targets, mesh: Mesh | None, *, softcap=None):
     """losses.token_nll with every device scoring its own tokens; hidden: [B, T, D], targets: [B, T]."""
     if mesh is None or mesh.size == 1:
-        return token_nll(hidden, kernel, targets)
+        return token_nll(hidden, kernel, targets, softcap=softcap)
     here = P(row_axes(hidden.shape[0], mesh), "context")
-    run = jax.shard_map(token_nll, mesh=mesh, in_specs=(here, P(), here), out_specs=here, check_vma=False)
+    run = jax.shard_map(
+        functools.partial(token_nll, softcap=softcap),
+        mesh=mesh,
+        in_specs=(here, P(), here),
+        out_specs=here,
+        check_vma=False,
+    )
     return run(hidden, kernel, targets)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from longlora_jax.model.decoder import Llama, abstract_params, logical_axes, output_kernel
+from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
+from longlora_jax.model.losses import output_kernel
 from longlora_jax.model.on_mesh import cross_entropy_on_mesh
 from longlora_jax.model.trainable import combine
 from longlora_jax.parallel.sharding import weight_shardings
@@ -63,7 +64,8 @@ def loss_sums(params, batch, *, model: Llama, loss_chunk: int, dropout_key=None)
     weights = jnp.roll(batch["loss_mask"], -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
     if segments is not None:
         weights *= segments == jnp.roll(segments, -1, axis=1)
-    return cross_entropy_on_mesh(hidden, output_kernel(params), targets, weights, model.mesh, chunk=loss_chunk)
+    how = {"chunk": loss_chunk, "softcap": model.config.final_logit_softcapping}
+    return cross_entropy_on_mesh(hidden, output_kernel(params), targets, weights, model.mesh, **how)
 
 
 def train_step(state: TrainState, frozen, batch) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -23,7 +23,8 @@ from longlora_jax.errors import UserError
 from longlora_jax.files import empty, new_folder, one_line, read_json, write_json
 from longlora_jax.progress import progress_bar
 from longlora_jax.weights import hf
-from longlora_jax.weights.hf_config import config_to_json, load_config, refuse
+from longlora_jax.weights.config_faults import refuse
+from longlora_jax.weights.hf_config import config_to_json, load_config
 from longlora_jax.weights.rules import Rule, Table, cast, set_leaf, stacked_dtype, table_faults, weight_rules
 from longlora_jax.weights.tensors import DTYPES, Tensor
 

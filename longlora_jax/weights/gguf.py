@@ -13,9 +13,9 @@ from gguf import ReaderTensor, dequantize
 
 from longlora_jax.attention.rope import RopeScaling, rope_frequencies
 from longlora_jax.config import ModelConfig
+from longlora_jax.weights.config_faults import config_faults, refuse, rope_faults
 from longlora_jax.weights.gguf_reader import open_parts
 from longlora_jax.weights.gguf_tokenizer import tokenizer_files
-from longlora_jax.weights.hf_config import config_faults, refuse, rope_faults
 from longlora_jax.weights.rules import Params, build_params, cast_table, table_faults
 from longlora_jax.weights.tensors import DTYPES, Tensor
 

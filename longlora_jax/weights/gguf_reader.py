@@ -14,7 +14,7 @@ from gguf import GGUFReader, ReaderTensor
 
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line, refuse_pointer
-from longlora_jax.weights.hf_config import refuse
+from longlora_jax.weights.config_faults import refuse
 
 _MOST_VALUES = 2_000_000  # in a header, each some 600 bytes of memory; Llama 3 has 950,000: words, lengths, types
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from longlora_jax.config import ModelConfig
+from longlora_jax.model_config import ModelConfig
+from longlora_jax.weights.layouts import to_ours
 from longlora_jax.weights.rules import Table, weight_rules
 from longlora_jax.weights.tensors import DTYPES, Tensor
 
@@ -44,7 +45,7 @@ def plain_names(table: Table) -> dict[str, Tensor]:
 
 def settle(config: ModelConfig, table: Table) -> tuple[dict[str, Tensor], list[str]]:
     """The table that a config asks for, out of one that says the same in another way; and what it says otherwise."""
-    table, faults = plain_names(without_buffers(table)), []
+    table, faults = to_ours(config, plain_names(without_buffers(table)))
     if config.tie_word_embeddings and HEAD in table:
         if EMBED not in table:  # saved under its other name
             table = {**table, EMBED: table[HEAD]}

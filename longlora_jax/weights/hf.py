@@ -11,8 +11,10 @@ from longlora_jax.config import ModelConfig
 from longlora_jax.data.chat import GENERATION, ChatFormat, export_format, folder_format
 from longlora_jax.errors import UserError
 from longlora_jax.files import new_folder, one_line, read_json, refuse_pointer, write_json
+from longlora_jax.weights.config_faults import TOKEN_IDS, refuse
 from longlora_jax.weights.habits import settle
-from longlora_jax.weights.hf_config import TOKEN_IDS, config_to_json, load_config, refuse
+from longlora_jax.weights.hf_config import config_to_json, load_config
+from longlora_jax.weights.layouts import to_theirs
 from longlora_jax.weights.rules import (
     Params,
     Table,
@@ -177,7 +179,8 @@ def write_hf(
     """
     refuse("these weights cannot be saved", list(table_faults(config, table)))
     names = [name for rule in weight_rules(config) for name in rule.names(config.num_hidden_layers)]
-    shards = _cut(names, table, max_shard_bytes)
+    table = to_theirs(config, {name: table[name] for name in names})
+    shards = _cut(list(table), table, max_shard_bytes)
     with new_folder(folder) as aside, reading("writing", table.values()) as read:
         write_json(os.path.join(aside, "config.json"), config_to_json(config, widest_dtype(table)))
         weight_map = {}

@@ -1,67 +1,31 @@
 """config.json of Hugging Face <-> ModelConfig."""
 
-import math
 import os
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from longlora_jax.attention.rope import RopeScaling
-from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
-from longlora_jax.files import one_line, read_json
-from longlora_jax.weights.hf_rope import rope_from_hf, rope_to_hf, window_from_hf
-
-_SHOWN_FAULTS = 8
-_SHOWN_CHARACTERS = 1600  # of them all
-_MOST_LAYERS = 10_000  # a LLaMA of 405 B has 126; a table of names has some for each
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
+from longlora_jax.files import read_json
+from longlora_jax.model_config import ModelConfig
+from longlora_jax.weights.config_faults import (
+    NUMBERS,
+    SIZES,
+    SWITCHES,
+    TOKEN_IDS,
+    config_faults,
+    family_faults,
+    given_rope_faults,
+    is_size,
+    refuse,
+    rope_faults,
+    shown,
 )
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-_NUMBERS = ("rms_norm_eps", "initializer_range")
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LLAMA: dict[str, Any] = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-# What transformers takes a key to be where config.json leaves it out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,
-    "mistral": {
-        **_LLAMA,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-}
-
-
-def refuse(where: str, faults: list[str]) -> None:
-    """Raises one UserError, on one line, that names all faults; does nothing if there are none."""
-    if faults:
-        more = len(faults) - _SHOWN_FAULTS
-        shown = faults[:_SHOWN_FAULTS] + ([f"and {more} more"] if more > 0 else [])
-        text = "; ".join(one_line(fault, _SHOWN_CHARACTERS // len(shown)) for fault in shown)
-        raise UserError(f"{one_line(where, len(where))}: {text}")
+from longlora_jax.weights.families import ACTIVATIONS, FAMILIES, SYNONYMS, defaults_of, family_of
+from longlora_jax.weights.hf_rope import rope_from_hf, rope_to_hf, window_from_hf
 
 
 def load_config(folder: str) -> ModelConfig:
-    """Reads config.json of a LLaMA (or of a Mistral, whose layers are the same).
+    """Reads config.json of a model of one of FAMILIES.
 
     Keys that are left out get transformers' defaults. Of several eos ids the first is kept: it is
     the one that ends a document. Raises UserError, naming every fault, for another architecture
@@ -72,227 +36,69 @@ def load_config(folder: str) -> ModelConfig:
     path = os.path.join(folder, "config.json")
     raw = read_json(path)
     kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in _DEFAULTS:
-        raise UserError(f"{path}: model_type is {_shown(kind)}, it must be llama or mistral")
-    raw = _DEFAULTS[kind] | raw
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        refuse(path, [_other_kind(kind, raw)])
+    raw = defaults_of(kind) | one_form(raw)
     # A null means the same as a key that is left out.
     width: Any = raw.get("hidden_size")
     heads: Any = raw.get("num_attention_heads")
     if raw.get("num_key_value_heads") is None:
         raw["num_key_value_heads"] = heads
-    if raw.get("head_dim") is None and _is_size(width) and _is_size(heads) and not width % heads:
+    if raw.get("head_dim") is None and is_size(width) and is_size(heads) and not width % heads:
         raw["head_dim"] = width // heads
     refuse(path, config_faults(raw, kind))
-    refuse(path, _given_rope_faults(raw))
+    refuse(path, family_faults(raw, kind))
+    refuse(path, given_rope_faults(raw))
     try:
         theta, scaling = rope_from_hf(raw)
         raw["max_position_embeddings"] = window_from_hf(raw)
     except UserError as error:
         refuse(path, [str(error).removeprefix("config.json: ")])
         raise
-    fields: dict[str, Any] = {key: raw[key] for key in _SIZES + _SWITCHES}
-    fields |= {key: float(raw[key]) for key in _NUMBERS}
+    family = FAMILIES[kind]
+    fields: dict[str, Any] = {key: raw[key] for key in SIZES + SWITCHES + family.same}
+    fields |= {key: float(raw[key]) for key in NUMBERS}
     fields |= {key: _token_id(raw.get(key)) for key in TOKEN_IDS}
-    config = ModelConfig(**fields, rope_theta=theta, rope_scaling=scaling)
+    fields |= {"model_type": kind, "hidden_act": ACTIVATIONS[raw["hidden_act"]], "rope_theta": theta}
+    fields |= family.always | family.reads(raw)
+    config = ModelConfig(**fields, rope_scaling=scaling)
     refuse(path, rope_faults(config))
     return config
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**31  # token ids and positions are int32
+def one_form(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with one name for what has several: SYNONYMS, and Gemma 3's rope_parameters of each kind of layer."""
+    raw = dict(raw)
+    for name, ours in SYNONYMS.items():
+        if raw.get(name) is not None:
+            raw[ours] = raw[name]
+    rope = raw.get("rope_parameters")
+    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+        local = rope.get("sliding_attention")
+        raw["rope_parameters"] = rope["full_attention"]
+        if isinstance(local, dict):
+            raw["rope_local_base_freq"] = local.get("rope_theta", raw.get("rope_local_base_freq"))
+    return raw
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e30  # inf is none, neither is what float() cannot hold
-
-
-def _is_positive(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_positive, value))
-
-
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_id(value: Any) -> bool:
-    ids = value if isinstance(value, list) else [value]
-    return value is None or all(type(i) is int and i < 2**31 for i in ids)
-
-
-_WANTED: dict[Callable[[Any], bool], str] = {
-    _is_size: "a whole number above 0",
-    _is_number: "a number of 0 or more",
-    _is_positive: "a number above 0",
-    _is_list: "a list of numbers above 0",
-    _is_switch: "true or false",
-    _is_id: "the number of a token, a list of them or null",
-}
-_Fields = dict[str, Callable[[Any], bool]]
-_FIELDS: _Fields = {**dict.fromkeys(_SIZES, _is_size), **dict.fromkeys(_SWITCHES, _is_switch)}
-_FIELDS |= {**dict.fromkeys(_NUMBERS, _is_positive), **dict.fromkeys(TOKEN_IDS, _is_id)}
-_ROPE_NUMBERS = "attention_factor beta_fast beta_slow mscale mscale_all_dim low_freq_factor high_freq_factor".split()
-_ROPE_FIELDS: _Fields = {"original_max_position_embeddings": _is_size, "truncate": _is_switch}
-_ROPE_FIELDS |= {**dict.fromkeys(_ROPE_NUMBERS, _is_number), **dict.fromkeys(("factor", "rope_theta"), _is_positive)}
-_ROPE_FIELDS |= dict.fromkeys(("short_factor", "long_factor"), _is_list)
-
-
-def _field_faults(table: Mapping[str, Any], fields: _Fields) -> list[str]:
-    return [
-        f"{key} is {_shown(table.get(key))}, it must be {_WANTED[check]}"
-        for key, check in fields.items()
-        if not check(table.get(key))
-    ]
-
-
-def _shown(value: Any) -> str:
-    return one_line(reprlib.repr(value), 100)  # a few words of what may be megabytes
-
-
-def config_faults(raw: Mapping[str, Any], kind: str = "llama") -> list[str]:
-    """What is wrong with the fields of a config.json, or of a ModelConfig, its rope apart."""
-    faults = _field_faults(raw, _FIELDS)
-    if not faults and raw["num_attention_heads"] % raw["num_key_value_heads"]:
-        faults.append(
-            f"num_attention_heads={raw['num_attention_heads']} is not a multiple of "
-            f"num_key_value_heads={raw['num_key_value_heads']}"
+def _other_kind(kind: Any, raw: Mapping[str, Any]) -> str:
+    """Why a model_type is not read."""
+    known = ", ".join(FAMILIES)
+    if isinstance(raw.get("text_config"), dict):
+        inner = raw["text_config"].get("model_type")
+        return (
+            f"model_type is {shown(kind)}, a multimodal model: only text models are read ({known}); "
+            f"save its language model (model_type {shown(inner)}) by itself"
         )
-    if not faults and raw["num_hidden_layers"] > _MOST_LAYERS:
-        faults.append(f"num_hidden_layers={raw['num_hidden_layers']} is more than {_MOST_LAYERS}")
-    if not faults and (raw["head_dim"] % 2 or raw["head_dim"] < 4):
-        faults.append(f"head_dim={raw['head_dim']} must be an even number of 4 or more: rotary embeddings turn pairs")
-    if raw.get("hidden_act", "silu") != "silu":
-        faults.append(f"hidden_act is {_shown(raw['hidden_act'])}, only silu is supported")
-    if raw.get("quantization_config"):
-        faults.append("the weights are quantized, give a folder in float32, bfloat16 or float16")
-    faults += foreign_faults(raw)
-    window = raw.get("sliding_window") if kind == "mistral" else None
-    if window is not None and not _is_size(window):
-        faults.append(f"sliding_window is {_shown(window)}, it must be {_WANTED[_is_size]} or null")
-    # A window that never cuts anything off is no window.
-    elif not faults and window and window < raw["max_position_embeddings"]:
-        faults.append(
-            f"sliding_window={window} is shorter than max_position_embeddings="
-            f"{raw['max_position_embeddings']}: there is full attention only, so set one equal "
-            "to the other, or sliding_window to null"
-        )
-    return faults
+    what = next((what for words, what in _OTHER_KINDS.items() if any(w in str(kind) for w in words)), "")
+    return f"model_type is {shown(kind)}{what}, it must be one of {known}"
 
 
-def foreign_faults(raw: Mapping[str, Any]) -> list[str]:
-    """The keys of other architectures that say that the model computes something else than a LLaMA."""
-    faults = []
-    for key, neutral in _FOREIGN.items():
-        value = raw.get(key)
-        if isinstance(neutral, tuple):
-            is_neutral = any(type(value) is type(n) and value == n for n in neutral)
-        else:
-            is_neutral = neutral(value, raw)
-        if value is not None and not is_neutral:
-            what = "a mixture of experts" if "experts" in key else "another architecture"
-            faults.append(f"{key} is {_shown(value)}: it makes {what} of a LLaMA, which is not computed here")
-    return faults
-
-
-def _is_factor(value: Any, neutral: float) -> bool:
-    return type(value) in (int, float) and math.isclose(value, neutral, rel_tol=1e-4)
-
-
-def _is_head_scale(value: Any, raw: Mapping[str, Any]) -> bool:
-    return _is_size(raw.get("head_dim")) and _is_factor(value, raw["head_dim"] ** -0.5)
-
-
-def _is_head_dim(value: Any, raw: Mapping[str, Any]) -> bool:
-    return _is_size(raw.get("head_dim")) and _is_factor(value, raw["head_dim"])
-
-
-def _is_one(value: Any, raw: Mapping[str, Any]) -> bool:
-    return _is_factor(value, 1)
-
-
-def _is_root_of_layers(value: Any, raw: Mapping[str, Any]) -> bool:
-    return _is_size(raw.get("num_hidden_layers")) and _is_factor(value, raw["num_hidden_layers"] ** 0.5)
-
-
-def _is_width(value: Any, raw: Mapping[str, Any]) -> bool:
-    return _is_size(raw.get("hidden_size")) and _is_factor(value, raw["hidden_size"])
-
-
-def _all_full(value: Any, raw: Mapping[str, Any]) -> bool:
-    return isinstance(value, list) and all(kind == "full_attention" for kind in value)
-
-
-def _all_rope(value: Any, raw: Mapping[str, Any]) -> bool:
-    return isinstance(value, list) and all(type(one) in (int, bool) and one == 1 for one in value)
-
-
-def _at_most_one(value: Any, raw: Mapping[str, Any]) -> bool:
-    return type(value) is int and value <= 1
-
-
-_OFF = (False, 0, 0.0, [], {})
-# What each key is where it changes nothing: values, or a test of (value, config.json). They are of Granite, MiniCPM,
-# Cohere, Gemma, SmolLM3, Llama 4, OLMo, DeepSeek, Mixtral and encoders made of LLaMAs.
-_FOREIGN: dict[str, tuple | Callable[[Any, Mapping[str, Any]], bool]] = {
-    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), _is_one),
-    **dict.fromkeys(("scale_emb", "lm_head_multiplier", "embedding_scale", "residual_scale"), _is_one),
-    "attention_multiplier": _is_head_scale,
-    "query_pre_attn_scalar": _is_head_dim,
-    "scale_depth": _is_root_of_layers,
-    "dim_model_base": _is_width,
-    "layer_types": _all_full,
-    "no_rope_layers": _all_rope,
-    "is_causal": (True,),
-    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_parallel_residual", "parallel_attn"), _OFF),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "attn_temperature_tuning"), _OFF),
-    **dict.fromkeys(("attention_chunk_size", "clip_qkv", "alibi", "is_encoder_decoder", "kv_lora_rank"), _OFF),
-    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), _at_most_one),
+_OTHER_KINDS: dict[tuple[str, ...], str] = {
+    ("moe", "mixtral", "deepseek", "gpt_oss", "dbrx", "jetmoe"): ", a mixture of experts",
+    ("mamba", "jamba", "zamba", "bamba", "hybrid", "falcon_h1", "recurrent", "next"): ", with layers of no attention",
+    ("_vl", "vision", "llava", "mllama", "omni", "audio"): ", a multimodal model",
 }
-
-
-def rope_faults(config: ModelConfig) -> list[str]:
-    """What is wrong with the rope of a config whose other fields are right."""
-    faults, scaling, window = [], config.rope_scaling, config.max_position_embeddings
-    if not 1 < config.rope_theta < 1e30:
-        faults.append(f"rope_theta is {config.rope_theta}, it must be a number above 1")
-    if not _is_size(window):
-        faults.append(f"the window is {_shown(window)} tokens, it must be {_WANTED[_is_size]} and below 2**31")
-    if scaling is None:
-        return faults
-    try:
-        scaling.validate()
-    except UserError as error:
-        faults.append(str(error))
-    if not _is_size(scaling.original_max_position_embeddings):
-        faults.append(f"an original window of {_shown(scaling.original_max_position_embeddings)} tokens is none")
-    for name in ("short_factor", "long_factor"):
-        numbers = getattr(scaling, name)
-        if numbers is not None and len(numbers) != config.head_dim // 2:
-            faults.append(f"{name} has {len(numbers)} numbers, head_dim={config.head_dim} needs half")
-    return faults
-
-
-def _given_rope_faults(raw: Mapping[str, Any]) -> list[str]:
-    """What rope_from_hf trusts."""
-    faults, ntk = [], raw.get("longlora_ntk")
-    top = {key: raw.get(key) for key in ("rope_theta", "original_max_position_embeddings")}
-    for table in (top, raw.get("rope_scaling") or raw.get("rope_parameters") or {}, {} if ntk is None else ntk):
-        if not isinstance(table, dict):
-            faults.append(f"rope {_shown(table)} must be one flat object with a rope_type")
-            continue
-        kind = table.get("rope_type", table.get("type"))
-        if not isinstance(kind, str | None):
-            faults.append(f"rope_type is {_shown(kind)}, it must be a word")
-        given = {key: value for key, value in table.items() if value is not None}
-        faults += _field_faults(given, {key: _ROPE_FIELDS[key] for key in given if key in _ROPE_FIELDS})
-    needed = {"rope_type", "factor", "original_max_position_embeddings", "rope_theta"}
-    known = {*RopeScaling.__annotations__, "rope_theta"}
-    if not faults and ntk is not None and not needed <= {k for k in ntk if ntk[k] is not None} <= known:
-        faults.append(f"longlora_ntk is {_shown(ntk)}, it must have {', '.join(sorted(needed))}: delete it")
-    return faults
 
 
 def _token_id(value: Any) -> int | None:
@@ -303,16 +109,25 @@ def _token_id(value: Any) -> int | None:
 
 
 def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The content of a config.json that transformers 4 and 5 both read; dtype as "bfloat16"."""
-    same = _SIZES + _SWITCHES + _NUMBERS + TOKEN_IDS
+    """The content of a config.json that transformers 4 and 5 both read, as the family has it; dtype as "bfloat16"."""
+    family = family_of(config)
+    same = SIZES + SWITCHES + NUMBERS + TOKEN_IDS + family.same
+    rope = rope_to_hf(config.rope_theta, config.rope_scaling, config.rotary_dim, config.max_position_embeddings)
+    if config.partial_rotary_factor != 1:
+        rope["rope_parameters"] |= {"partial_rotary_factor": config.partial_rotary_factor}
+        rope["partial_rotary_factor"] = config.partial_rotary_factor
+    if config.model_type == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": config.rope_local_base_freq or config.rope_theta}
+        rope["rope_parameters"] = {"full_attention": rope["rope_parameters"], "sliding_attention": local}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
+        "architectures": [family.architecture],
+        "model_type": config.model_type,
+        "hidden_act": config.hidden_act,
         "attention_dropout": 0.0,
         "use_cache": True,
         **{key: getattr(config, key) for key in same},
-        **rope_to_hf(config.rope_theta, config.rope_scaling, config.head_dim, config.max_position_embeddings),
+        **rope,
+        **family.writes(config),
         "dtype": dtype,
         "torch_dtype": dtype,
     }

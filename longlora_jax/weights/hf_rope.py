@@ -25,10 +25,10 @@ def rope_from_hf(config_json: dict[str, Any]) -> tuple[float, RopeScaling | None
     given = {name: value for name, value in given.items() if value is not None}
     theta = given.get("rope_theta", config_json.get("rope_theta", 10_000.0))
     partial = given.get("partial_rotary_factor", config_json.get("partial_rotary_factor"))
-    if not is_finite(theta) or partial not in (None, 1):
+    if not is_finite(theta) or not (partial is None or is_finite(partial)):
         raise UserError(
-            f"config.json: rope_theta={theta!r}, partial_rotary_factor={partial!r}: a LLaMA needs "
-            "a number such as 10000.0 and a factor of 1"
+            f"config.json: rope_theta={theta!r}, partial_rotary_factor={partial!r}: numbers such as 10000.0 and 0.25 "
+            "are needed"
         )
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
@@ -68,7 +68,7 @@ def window_from_hf(config_json: dict[str, Any]) -> int:
 
 
 def rope_to_hf(
-    theta: float, scaling: RopeScaling | None, head_dim: int, max_position_embeddings: int
+    theta: float, scaling: RopeScaling | None, rotary_dim: int, max_position_embeddings: int
 ) -> dict[str, Any]:
     """The top-level keys of a config.json from which transformers makes the same frequencies.
 
@@ -88,7 +88,7 @@ def rope_to_hf(
         if scaling.rope_type == "ntk":
             keys["longlora_ntk"] = given | {"rope_theta": theta}
             given = {"rope_type": "default"}
-            theta = raised_theta(theta, scaling.factor, head_dim)
+            theta = raised_theta(theta, scaling.factor, rotary_dim)
         elif scaling.rope_type == "dynamic":
             keys["longlora_window"] = max_position_embeddings
             keys["max_position_embeddings"] = original
@@ -133,8 +133,8 @@ def _ntk_from_hf(config_json: dict[str, Any], theta: float) -> tuple[float, Rope
     if ntk is None:
         return theta, None
     heads = config_json["hidden_size"] // config_json["num_attention_heads"]
-    head_dim = config_json.get("head_dim") or heads
-    if not math.isclose(theta, raised_theta(ntk["rope_theta"], ntk["factor"], head_dim)):
+    rotary_dim = int((config_json.get("head_dim") or heads) * (config_json.get("partial_rotary_factor") or 1))
+    if not math.isclose(theta, raised_theta(ntk["rope_theta"], ntk["factor"], rotary_dim)):
         raise UserError(f"config.json: longlora_ntk={ntk} does not give rope_{theta=}: delete it")
     fields = {name: value for name, value in ntk.items() if name != "rope_theta"}
     return ntk["rope_theta"], RopeScaling(**fields)

@@ -25,8 +25,8 @@ from longlora_jax.files import one_line, read_json, write_json
 from longlora_jax.model.lora import merge_lora
 from longlora_jax.model.trainable import combine
 from longlora_jax.weights import checksums, hf, hub
+from longlora_jax.weights.config_faults import refuse
 from longlora_jax.weights.converted import DIGESTS, is_converted, open_converted
-from longlora_jax.weights.hf_config import refuse
 from longlora_jax.weights.rules import (
     adapters_of,
     build_params,

@@ -14,8 +14,9 @@ from longlora_jax.attention.rope import extend_rope
 from longlora_jax.config import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig, ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.weights import hf
+from longlora_jax.weights.config_faults import refuse
 from longlora_jax.weights.habits import EMBED, HEAD
-from longlora_jax.weights.hf_config import load_config, refuse
+from longlora_jax.weights.hf_config import load_config
 from longlora_jax.weights.hub import local_folder
 from longlora_jax.weights.peft_files import SETTINGS, AdapterFiles, Pair, Rows, read_adapter
 from longlora_jax.weights.rules import (

@@ -8,8 +8,9 @@ from longlora_jax.config import LoraConfig, ModelConfig
 from longlora_jax.data.chat import ChatFormat
 from longlora_jax.files import new_folder, write_json
 from longlora_jax.weights import hf
+from longlora_jax.weights.config_faults import refuse
 from longlora_jax.weights.habits import EMBED, HEAD
-from longlora_jax.weights.hf_config import config_to_json, refuse
+from longlora_jax.weights.hf_config import config_to_json
 from longlora_jax.weights.peft_files import PREFIX, SETTINGS, WEIGHTS
 from longlora_jax.weights.rules import Params, adapters_of, flatten, params_table, weight_rules
 from longlora_jax.weights.tensors import DTYPES, Tensor, reading, write_safetensors

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from longlora_jax.config import ModelConfig
 from longlora_jax.errors import UserError
+from longlora_jax.model_config import ModelConfig
 from longlora_jax.weights.tensors import DTYPES, Tensor
 
 Params = dict[str, Any]
@@ -62,8 +62,10 @@ def weight_rules(config: ModelConfig) -> list[Rule]:
     def path(name: str, leaf: str) -> tuple[str, ...]:
         return (*(part for part in name.split(".") if part not in ("model", "{}")), leaf)
 
-    def scale(name: str) -> list[Rule]:
-        return [Rule(f"{name}.weight", path(name, "scale"), (d,), (d,))]
+    def norm(name: str, *shape: int) -> list[Rule]:
+        shape = shape or (d,)
+        leaves = {"weight": "scale"} | ({"bias": "bias"} if config.norm == "layer" else {})
+        return [Rule(f"{name}.{key}", path(name, leaf), shape, (math.prod(shape),)) for key, leaf in leaves.items()]
 
     def linear(name: str, inputs: tuple, outputs: tuple, has_bias: bool = False) -> list[Rule]:
         size = math.prod(outputs)
@@ -72,20 +74,26 @@ def weight_rules(config: ModelConfig) -> list[Rule]:
         bias = Rule(f"{name}.bias", path(name, "bias"), outputs, (size,))
         return [kernel, bias] if has_bias else [kernel]
 
-    embed = "model.embed_tokens"
-    attn, mlp = "model.layers.{}.self_attn", "model.layers.{}.mlp"
+    embed, layer = "model.embed_tokens", "model.layers.{}"
+    attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+    bias = config.attention_bias or config.qkv_bias
+    pre, post = config.norm_placement != "post", config.norm_placement != "pre"
+    heads = {"head": ((h,), (h,)), "projection": ((n, h), (k, h))}.get(config.qk_norm)
     return [
         Rule(f"{embed}.weight", path(embed, "embedding"), (v, d), (v, d)),
-        *scale("model.layers.{}.input_layernorm"),
-        *linear(f"{attn}.q_proj", (d,), (n, h), config.attention_bias),
-        *linear(f"{attn}.k_proj", (d,), (k, h), config.attention_bias),
-        *linear(f"{attn}.v_proj", (d,), (k, h), config.attention_bias),
+        *(norm(f"{layer}.input_layernorm") if pre else []),
+        *linear(f"{attn}.q_proj", (d,), (n, h), bias),
+        *linear(f"{attn}.k_proj", (d,), (k, h), bias),
+        *linear(f"{attn}.v_proj", (d,), (k, h), bias),
         *linear(f"{attn}.o_proj", (n, h), (d,), config.attention_bias),
-        *scale("model.layers.{}.post_attention_layernorm"),
-        *linear(f"{mlp}.gate_proj", (d,), (f,), config.mlp_bias),
+        *([*norm(f"{attn}.q_norm", *heads[0]), *norm(f"{attn}.k_norm", *heads[1])] if heads else []),
+        *norm(f"{layer}.post_attention_layernorm"),
+        *(norm(f"{layer}.pre_feedforward_layernorm") if pre and post else []),
+        *(norm(f"{layer}.post_feedforward_layernorm") if post else []),
+        *(linear(f"{mlp}.gate_proj", (d,), (f,), config.mlp_bias) if config.gated_mlp else []),
         *linear(f"{mlp}.up_proj", (d,), (f,), config.mlp_bias),
         *linear(f"{mlp}.down_proj", (f,), (d,), config.mlp_bias),
-        *scale("model.norm"),
+        *norm("model.norm"),
         *([] if config.tie_word_embeddings else linear("lm_head", (d,), (v,))),
     ]
 

@@ -1,0 +1,376 @@
+"""The families of models: what each one's config.json and files have otherwise than a LLaMA's, a row of a table each.
+
+All are the same decoder (model/decoder.py) with other fields of ModelConfig. To add a family, add its row here; where
+it stores weights under other names or several in one, its row says so too (weights/layouts.py does the rest).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from longlora_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig
+
+Raw = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Several of our matrices stored as one: its name and theirs, within a block ("self_attn.qkv_proj").
+
+    by_head: its rows go head by head, each head's share of every part in turn; else one part after another.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    by_head: bool = False
+
+
+def _nothing(raw: Raw) -> Raw:
+    return {}
+
+
+def _writes_nothing(config: ModelConfig) -> Raw:
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model_type has otherwise than a LLaMA.
+
+    architecture: its class in transformers, which config.json names. defaults: what transformers takes a key to be where
+    config.json leaves it out. always: fields of ModelConfig that all of its models have. same: keys of config.json that
+    are fields of ModelConfig under their own name. reads(raw) gives further fields of ModelConfig, writes(config)
+    further keys of config.json. known: keys that these two take care of. rope_type: what rope.type=auto makes of a model
+    that was never scaled. renames: parts of names in its files, {ours: theirs}; fused: what its files store in one.
+    """
+
+    architecture: str
+    defaults: Raw = field(default_factory=dict)
+    always: Raw = field(default_factory=dict)
+    same: tuple[str, ...] = ()
+    reads: Callable[[Raw], Raw] = _nothing
+    writes: Callable[[ModelConfig], Raw] = _writes_nothing
+    known: tuple[str, ...] = ()
+    rope_type: str = "linear"
+    renames: Mapping[str, str] = field(default_factory=dict)
+    fused: tuple[Fused, ...] = ()
+
+
+BIASES = ("attention_bias", "mlp_bias")
+_COMMON: Raw = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _sliding(raw: Raw, window: Any, kinds: list[str]) -> Raw:
+    """sliding_window and layer_types; a window that never cuts anything off is none."""
+    if window is None or SLIDING_ATTENTION not in kinds:
+        return {}
+    return {"sliding_window": window, "layer_types": tuple(kinds)}
+
+
+def _all_sliding(raw: Raw) -> Raw:
+    window = raw.get("sliding_window")
+    if window is None or window >= raw["max_position_embeddings"]:
+        return {}
+    return _sliding(raw, window, [SLIDING_ATTENTION] * raw["num_hidden_layers"])
+
+
+def _writes_all_sliding(config: ModelConfig) -> Raw:
+    return {"sliding_window": config.sliding_window}
+
+
+def _upper_layers_slide(raw: Raw) -> Raw:
+    """Qwen's: the first max_window_layers have full attention."""
+    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
+    first = raw.get("max_window_layers", 28)
+    kinds = [SLIDING_ATTENTION if i >= first else FULL_ATTENTION for i in range(raw["num_hidden_layers"])]
+    return _sliding(raw, window, raw.get("layer_types") or kinds)
+
+
+def _writes_layer_types(config: ModelConfig) -> Raw:
+    sliding = SLIDING_ATTENTION in config.layer_types
+    kinds = list(config.layer_types) or [FULL_ATTENTION] * config.num_hidden_layers
+    return {"sliding_window": config.sliding_window, "layer_types": kinds, "use_sliding_window": sliding}
+
+
+def _writes_upper_layers(config: ModelConfig) -> Raw:
+    kinds = _writes_layer_types(config)
+    first = kinds["layer_types"].index(SLIDING_ATTENTION) if kinds["use_sliding_window"] else config.num_hidden_layers
+    return kinds | {"max_window_layers": first}
+
+
+def _reads_phi3(raw: Raw) -> Raw:
+    return _all_sliding(raw) | _partial_rotary(raw)
+
+
+def _writes_phi3(config: ModelConfig) -> Raw:
+    return _writes_all_sliding(config) | {"partial_rotary_factor": config.partial_rotary_factor}
+
+
+def _partial_rotary(raw: Raw) -> Raw:
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    given = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    return {} if given is None else {"partial_rotary_factor": float(given)}
+
+
+def _reads_smollm3(raw: Raw) -> Raw:
+    layers, every = raw["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
+    rotated = raw.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
+    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
+    kinds = raw.get("layer_types") or [
+        FULL_ATTENTION if has_rope or not window else SLIDING_ATTENTION for has_rope in rotated
+    ]
+    return {"no_rope_layers": () if all(rotated) else tuple(rotated)} | _sliding(raw, window, kinds)
+
+
+def _writes_smollm3(config: ModelConfig) -> Raw:
+    rotated = list(config.no_rope_layers) or [1] * config.num_hidden_layers
+    return _writes_layer_types(config) | {"no_rope_layers": rotated}
+
+
+_GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+
+
+def _reads_gemma(raw: Raw) -> Raw:
+    return {"embedding_multiplier": math.sqrt(raw["hidden_size"])}
+
+
+def _reads_gemma2(raw: Raw) -> Raw:
+    layers, every = raw["num_hidden_layers"], 2
+    kinds = raw.get("layer_types") or [SLIDING_ATTENTION if (i + 1) % every else FULL_ATTENTION for i in range(layers)]
+    return _reads_gemma(raw) | _query_scale(raw) | _sliding(raw, raw.get("sliding_window"), kinds)
+
+
+def _query_scale(raw: Raw) -> Raw:
+    scalar = raw["query_pre_attn_scalar"]
+    return {"attention_multiplier": None if scalar == raw["head_dim"] else scalar**-0.5}
+
+
+def _writes_gemma2(config: ModelConfig) -> Raw:
+    kinds = _writes_layer_types(config)
+    scalar = config.head_dim if config.attention_multiplier is None else config.attention_multiplier**-2
+    whole = round(scalar)
+    return {
+        "hidden_activation": config.hidden_act,
+        "query_pre_attn_scalar": whole if math.isclose(whole, scalar) else scalar,
+        "sliding_window": kinds["sliding_window"] or config.max_position_embeddings,
+        "layer_types": kinds["layer_types"],
+    }
+
+
+def _reads_gemma3(raw: Raw) -> Raw:
+    layers, every = (
+        raw["num_hidden_layers"],
+        raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6,
+    )
+    kinds = raw.get("layer_types") or [SLIDING_ATTENTION if (i + 1) % every else FULL_ATTENTION for i in range(layers)]
+    windows = _sliding(raw, raw.get("sliding_window"), kinds)
+    local = {"rope_local_base_freq": float(raw["rope_local_base_freq"])} if windows else {}
+    return _reads_gemma(raw) | _query_scale(raw) | windows | local
+
+
+def _writes_gemma3(config: ModelConfig) -> Raw:
+    return _writes_gemma2(config) | {"rope_local_base_freq": config.rope_local_base_freq or config.rope_theta}
+
+
+def _reads_stablelm(raw: Raw) -> Raw:
+    return {"qkv_bias": raw["use_qkv_bias"]} | _partial_rotary(raw)
+
+
+def _writes_stablelm(config: ModelConfig) -> Raw:
+    return {
+        "layer_norm_eps": config.rms_norm_eps,
+        "use_qkv_bias": config.qkv_bias,
+        "partial_rotary_factor": config.partial_rotary_factor,
+        "qk_layernorm": False,
+        "use_parallel_residual": False,
+    }
+
+
+def _writes_gpt_neox(config: ModelConfig) -> Raw:
+    return {
+        "layer_norm_eps": config.rms_norm_eps,
+        "rotary_pct": config.partial_rotary_factor,
+        "rotary_emb_base": config.rope_theta,
+        "partial_rotary_factor": config.partial_rotary_factor,
+    }
+
+
+_GEMMA_DEFAULTS: Raw = {
+    "max_position_embeddings": 8192,
+    "hidden_act": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+_GEMMA2: Raw = {"norm": "rms_unit_offset", "norm_placement": "both"}
+_QWEN_DEFAULTS: Raw = {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None}
+_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", same=BIASES),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        reads=_all_sliding,
+        writes=_writes_all_sliding,
+        known=("sliding_window",),
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        _QWEN_DEFAULTS,
+        always={"qkv_bias": True},
+        reads=_upper_layers_slide,
+        writes=_writes_upper_layers,
+        known=_WINDOWS,
+        rope_type="yarn",
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        _QWEN_DEFAULTS | {"head_dim": 128},
+        always={"qk_norm": "head"},
+        same=("attention_bias",),
+        reads=_upper_layers_slide,
+        writes=_writes_upper_layers,
+        known=_WINDOWS,
+        rope_type="yarn",
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {
+            **{"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "eos_token_id": 32000, "pad_token_id": 32000},
+            "partial_rotary_factor": 1.0,
+        },
+        reads=_reads_phi3,
+        writes=_writes_phi3,
+        known=("sliding_window", "partial_rotary_factor"),
+        fused=(
+            Fused("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            Fused("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            **{"max_position_embeddings": 32768, "tie_word_embeddings": True, "num_key_value_heads": 4},
+            **{"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004},
+        },
+        same=BIASES,
+        reads=_reads_smollm3,
+        writes=_writes_smollm3,
+        known=(*_WINDOWS, "no_rope_layers", "no_rope_layer_interval"),
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {"rms_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": None, "eos_token_id": 50279},
+        always={"norm_placement": "post", "qk_norm": "projection"},
+        same=("attention_bias",),
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        dict.fromkeys(_GRANITE, 1.0),
+        same=(*BIASES, *_GRANITE),
+        known=_GRANITE,
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        _GEMMA_DEFAULTS,
+        always={"norm": "rms_unit_offset"},
+        same=("attention_bias",),
+        reads=_reads_gemma,
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {
+            **_GEMMA_DEFAULTS,
+            **{"sliding_window": 4096, "query_pre_attn_scalar": 256},
+            **{"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        },
+        always=_GEMMA2,
+        same=("attention_bias", "final_logit_softcapping", "attn_logit_softcapping"),
+        reads=_reads_gemma2,
+        writes=_writes_gemma2,
+        known=(*_WINDOWS, "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            **_GEMMA_DEFAULTS,
+            **{"max_position_embeddings": 131072, "sliding_window": 4096, "query_pre_attn_scalar": 256},
+            **{"rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
+        },
+        always=_GEMMA2 | {"qk_norm": "head"},
+        same=("attention_bias",),
+        reads=_reads_gemma3,
+        writes=_writes_gemma3,
+        known=(*_WINDOWS, "query_pre_attn_scalar"),
+    ),
+    "stablelm": Family(
+        "StableLmForCausalLM",
+        {
+            **{"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+            **{"use_qkv_bias": False, "bos_token_id": 0, "eos_token_id": 0},
+        },
+        always={"norm": "layer"},
+        reads=_reads_stablelm,
+        writes=_writes_stablelm,
+        known=("partial_rotary_factor",),
+    ),
+    "gpt_neox": Family(
+        "GPTNeoXForCausalLM",
+        {
+            **{"rms_norm_eps": 1e-5, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "bos_token_id": 0},
+            **{"attention_bias": True, "use_parallel_residual": True},
+        },
+        always={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
+        same=("attention_bias", "use_parallel_residual"),
+        reads=_partial_rotary,
+        writes=_writes_gpt_neox,
+        known=("partial_rotary_factor", "use_parallel_residual"),
+        renames={
+            "model.embed_tokens": "gpt_neox.embed_in",
+            "model.layers": "gpt_neox.layers",
+            "model.norm": "gpt_neox.final_layer_norm",
+            "lm_head": "embed_out",
+            "self_attn": "attention",
+            "o_proj": "dense",
+            "up_proj": "dense_h_to_4h",
+            "down_proj": "dense_4h_to_h",
+        },
+        fused=(Fused("attention.query_key_value", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), True),),
+    ),
+}
+# Other names of the same key, in older files or of a family's own.
+SYNONYMS = {
+    "layer_norm_eps": "rms_norm_eps",
+    "rotary_pct": "partial_rotary_factor",
+    "rotary_emb_base": "rope_theta",
+    "hidden_activation": "hidden_act",
+}
+ACTIVATIONS = {
+    **{name: "silu" for name in ("silu", "swish")},
+    **{name: "gelu_pytorch_tanh" for name in ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")},
+    "gelu": "gelu",
+}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The row of a model's family."""
+    return FAMILIES[config.model_type]
+
+
+def defaults_of(model_type: str) -> Raw:
+    """What transformers takes every key to be where a config.json of that model_type leaves it out."""
+    return _COMMON | FAMILIES[model_type].defaults
