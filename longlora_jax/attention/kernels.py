@@ -130,15 +130,17 @@ def keeps_cudnn(primitive, *_, **__) -> bool:
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
+@functools.lru_cache(maxsize=8)  # the kernel keeps what it made of the same mask
 def causal_mask(t: int, window: int = 0):
     """The causal mask of t tokens, or that of a window, for the splash kernel, ready at once.
 
     The kernel asks of every block whether all or any of it is seen. JAX's own mask answers with as many bools as the
-    block has pairs, which takes minutes at 262,144 tokens; off the diagonal and the window's edge one bool says it.
+    block has pairs, which takes minutes at 262,144 tokens; off the diagonal and the window's edge one bool says it, and
+    on them the answer depends on how far the keys lie before the queries.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    reach = window or t
+    reach, edges = window or t, {}
 
     class Quick:
         def __getitem__(self, index):
@@ -148,7 +150,9 @@ def causal_mask(t: int, window: int = 0):
                 return np.array([[False]])
             if nearest >= 0 and farthest < reach:
                 return np.array([[True]])
-            return super().__getitem__(index)
+            if (nearest, farthest) not in edges:
+                edges[nearest, farthest] = super().__getitem__(index)
+            return edges[nearest, farthest]
 
     class Causal(Quick, splash.CausalMask): ...
 

@@ -173,7 +173,7 @@ def test_padding_and_lonely_tokens_give_no_nan(name):
         np.testing.assert_allclose(ours[0][1], np.repeat(qkv[2][1], 3, axis=1), **F32)
 
 
-@pytest.mark.parametrize("name", ("full", *GROUPED))
+@pytest.mark.parametrize("name", ("full", "window", *GROUPED))
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_square_array_is_ever_built(name, packed):
     """A mask or scores of [T, T]: 40 GB a head in float32 at the paper's 100,000 tokens."""
