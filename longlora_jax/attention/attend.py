@@ -1,8 +1,8 @@
 """attend(): one door to every attention pattern of LongLoRA (the patterns themselves are in patterns.py).
 
-A grouped pattern is cut into pieces that are causal inside; pieces of equal length are folded into the batch
-axis and handed to a kernel. So the work is proportional to the pairs that the predicate allows, and no [T, T]
-array exists.
+A grouped pattern is cut into pieces that are causal inside; pieces of equal length are folded into the batch axis and
+handed to a kernel; windows are the kernels' own. So the work is proportional to the pairs that the predicate allows,
+and no [T, T] array exists.
 """
 
 import math
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlora_jax.attention.kernels import MASKED, causal_attention
-from longlora_jax.attention.patterns import ABLATIONS, GROUPED, Pattern, allowed, plain_heads
+from longlora_jax.attention.patterns import ABLATIONS, ALIKE, GROUPED, Pattern, allowed, plain_heads
 
 
 def attend(q, k, v, pattern: Pattern, *, segment_ids=None):
@@ -28,7 +28,7 @@ def attend(q, k, v, pattern: Pattern, *, segment_ids=None):
     out = [attend_part(*part, pattern, i, segment_ids) for i, part in enumerate(parts)]
     runs = short_runs(segment_ids, pattern)
     if runs is not None:
-        out = [attend_short(*part, runs, pattern.full_below, x) for part, x in zip(parts, out, strict=True)]
+        out = [attend_short(*part, runs, pattern, x) for part, x in zip(parts, out, strict=True)]
     return jnp.concatenate(out, axis=2)
 
 
@@ -47,14 +47,15 @@ def short_runs(segment_ids, pattern: Pattern):
     return jax.vmap(row)(segment_ids)
 
 
-def attend_short(q, k, v, runs, size: int, others, before=None):
+def attend_short(q, k, v, runs, pattern: Pattern, others, before=None):
     """Causal attention inside every segment of at most `size` tokens; for other tokens (runs -1) what `others` holds.
 
-    q: [b, t, n, h]; k, v: [b, t, kv, h]; runs: [b, t], see short_runs; others: as q; before: (k, v, runs) of the `size`
-    tokens that came before. Who looks back `size` tokens sees all of such a segment, so pieces of `size` tokens see
-    themselves and the piece before. Rows without a short segment skip it.
+    size: pattern.full_below; q: [b, t, n, h]; k, v: [b, t, kv, h]; runs: [b, t], see short_runs; others: as q; before:
+    (k, v, runs) of the `size` tokens that came before. Who looks back `size` tokens sees all of such a segment, so
+    pieces of `size` tokens see themselves and the piece before. Rows without a short segment skip it.
     """
     b, t, n, h = q.shape
+    size = pattern.full_below
     if before is None:
         before = tuple(jnp.full((b, size, *x.shape[2:]), fill, x.dtype) for x, fill in ((k, 0), (v, 0), (runs, -2)))
 
@@ -69,7 +70,8 @@ def attend_short(q, k, v, runs, size: int, others, before=None):
             return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2).reshape(b * pieces, 2 * size, *x.shape[3:])
 
         # Queries for the piece before as well, so that the kernel sees a square: their results are dropped.
-        out = causal_attention(twice(q, jnp.zeros((b, size, n, h), q.dtype)), *map(twice, (k, v, runs), before))
+        keys = map(twice, (k, v, runs), before)
+        out = causal_attention(twice(q, jnp.zeros((b, size, n, h), q.dtype)), *keys, softcap=pattern.softcap)
         out = out[:, size:].reshape(b, t + pad, n, h)[:, :t]
         return jnp.where((runs >= 0)[..., None, None], out, others)
 
@@ -79,18 +81,19 @@ def attend_short(q, k, v, runs, size: int, others, before=None):
 def parts_of(q, k, v, pattern: Pattern) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """The heads that see the same, as [(q, k, v)]: all of them, or the plain half and the shifted half."""
     plain = plain_heads(q.shape[2])
-    if pattern.name in ("full", "short") or plain == q.shape[2]:
+    if pattern.name in ALIKE or plain == q.shape[2]:
         return [(q, k, v)]
     return [_heads(q, k, v, 0, plain), _heads(q, k, v, plain, q.shape[2])]
 
 
 def attend_part(q, k, v, pattern: Pattern, part: int, segment_ids=None):
     """attend for the heads of one part (0: plain, 1: shifted); shapes and result as attend's."""
-    if pattern.name == "full":
-        return causal_attention(q, k, v, segment_ids)
     g = pattern.group_size
+    if pattern.name in ("full", "window"):
+        window = g if pattern.name == "window" else 0
+        return causal_attention(q, k, v, segment_ids, window=window, softcap=pattern.softcap)
     if part == 0:
-        return pieces(q, k, v, segment_ids, first=g, group=g)
+        return pieces(q, k, v, segment_ids, first=g, group=g, softcap=pattern.softcap)
     return _shifted(q, k, v, segment_ids, pattern, q.shape[1], g)
 
 
@@ -114,7 +117,7 @@ def _shifted(q, k, v, segment_ids, pattern: Pattern, t: int, g: int):
     """The shifted half of the heads: other group boundaries, the same kernel."""
     half = g // 2
     if pattern.name == "s2":
-        return pieces(q, k, v, segment_ids, first=g - half, group=g)
+        return pieces(q, k, v, segment_ids, first=g - half, group=g, softcap=pattern.softcap)
     # Both wrapping patterns are plain groups of a rolled row; they differ in where the head of the row goes.
     if pattern.name == "s2_wrap":
         order = np.roll(np.arange(t), -(half % t))
@@ -124,10 +127,10 @@ def _shifted(q, k, v, segment_ids, pattern: Pattern, t: int, g: int):
     back = np.argsort(order)
     q, k, v = (x[:, order] for x in (q, k, v))
     segments = None if segment_ids is None else segment_ids[:, order]
-    return pieces(q, k, v, segments, first=g, group=g)[:, back]
+    return pieces(q, k, v, segments, first=g, group=g, softcap=pattern.softcap)[:, back]
 
 
-def pieces(q, k, v, segment_ids, *, first: int, group: int):
+def pieces(q, k, v, segment_ids, *, first: int, group: int, softcap: float):
     """Causal attention inside consecutive pieces of a row: one of `first` tokens, then `group` each, then the rest."""
     b, t = q.shape[:2]
     first = min(first, t)
@@ -142,7 +145,8 @@ def pieces(q, k, v, segment_ids, *, first: int, group: int):
             return x.reshape(b * count, (stop - start) // count, *x.shape[2:])
 
         segments = None if segment_ids is None else fold(segment_ids)
-        return causal_attention(fold(q), fold(k), fold(v), segments).reshape(b, stop - start, *q.shape[2:])
+        out = causal_attention(fold(q), fold(k), fold(v), segments, softcap=softcap)
+        return out.reshape(b, stop - start, *q.shape[2:])
 
     bounds = [(0, first, 1), (first, t - rest, full), (t - rest, t, 1)]
     return jnp.concatenate([run(*piece) for piece in bounds if piece[1] > piece[0]], axis=1)
@@ -157,6 +161,8 @@ def _by_predicate(q, k, v, pattern: Pattern, segment_ids):
         mask &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     k, v = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("bqnh,bsnh->bnqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
+    if pattern.softcap:
+        scores = pattern.softcap * jnp.tanh(scores / pattern.softcap)
     scores = jnp.where(mask, scores, MASKED)
     weights = jnp.where(mask, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
     # A head of block_sparse may look into another document alone: then it sees nothing, and the sum, which is 1 or

@@ -6,6 +6,8 @@ LongLoRA's groups are local, so a sequence that is cut over the `context` axis n
   them it needs the last half group of keys and values of the shard before it, from one neighbour, half of the heads.
 - A shard of half a group is in the same place for either half of the heads by turns: an odd shard ends a plain group,
   an even one ends a shifted group. It too needs one neighbour's keys and values, of one half of the heads.
+- A sliding window W needs the W - 1 tokens of keys and values before its shard, of all heads: from one neighbour, and
+  from those before it where W - 1 is more than a shard.
 - Anything else (full attention, a quarter of a group) passes heads round instead: all-to-all, after which every
   device has whole rows of a few heads.
 
@@ -34,6 +36,8 @@ def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, 
     shard, g = seq_len // context, pattern.group_size
     if context == 1 or (pattern.name == "short" and shard % g == 0):
         return NOTHING
+    if pattern.name == "window" and g - 1 <= seq_len - shard:  # all before the last shard: then it is full attention
+        return NEIGHBOUR if g > 1 else NOTHING
     if pattern.name == "s2" and shard % g == 0:
         return NEIGHBOUR
     # A cut inside of a kv group leaves two halves of unequal shapes, which cannot take turns.
@@ -76,8 +80,7 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
         out = groups(parts, given[0] if given else None)
         if runs is None:
             return out
-        size = pattern.full_below
-        return tuple(_short(q, k, v, given[1], size, x, context) for (q, k, v), x in zip(parts, out, strict=True))
+        return tuple(_short(q, k, v, given[1], pattern, x, context) for (q, k, v), x in zip(parts, out, strict=True))
 
     def groups(parts: Any, segment_ids):
         if pattern.name in ABLATIONS:
@@ -85,8 +88,9 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
             return (attend(q, k, v, pattern, segment_ids=segment_ids),)
         if how == TURNS:
             plain, shifted = parts
-            return _by_turns(plain, shifted, segment_ids, context)
-        one: Any = {NOTHING: attend_part, NEIGHBOUR: _whole_groups, HEADS: _by_heads}[how]
+            return _by_turns(plain, shifted, pattern, segment_ids, context)
+        neighbour = _window if pattern.name == "window" else _whole_groups
+        one: Any = {NOTHING: attend_part, NEIGHBOUR: neighbour, HEADS: _by_heads}[how]
         one = one if how == NOTHING else functools.partial(one, context=context)
         return tuple(one(q, k, v, pattern, i, segment_ids) for i, (q, k, v) in enumerate(parts))
 
@@ -121,9 +125,31 @@ def _head_axis(part, pattern: Pattern, mesh: Mesh) -> str | None:
     return "tensor" if fits and pattern.name not in ABLATIONS else None  # an ablation's heads are not alike
 
 
-def _from_the_left(x, context: int):
-    """What the shard before this one gives; zeros on the first shard."""
-    return jax.lax.ppermute(x, "context", [(i, i + 1) for i in range(context - 1)])
+def _from_the_left(x, context: int, hops: int = 1):
+    """What the shard so many before this one gives; zeros on the first shards."""
+    return jax.lax.ppermute(x, "context", [(i, i + hops) for i in range(context - hops)])
+
+
+def _window(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
+    """A window W that reaches into the shards before: [b, t, n, h] local, the tokens before it are W - 1."""
+    t, size = q.shape[1], pattern.group_size - 1
+
+    def join(x):
+        hops = range(-(-size // t), 0, -1)
+        shares = [_from_the_left(x[:, -min(t, size - (hop - 1) * t) :], context, hop) for hop in hops]
+        return jnp.concatenate([*shares, x], axis=1)
+
+    # Queries for the keys before as well, so that the kernel sees a square: their results are dropped.
+    q = jnp.pad(q, ((0, 0), (size, 0), (0, 0), (0, 0)))
+    k, v = join(k), join(v)
+    missing = jnp.maximum(size - jax.lax.axis_index("context") * t, 0)  # before the beginning of the row
+    options: Any = {"window": pattern.group_size, "softcap": pattern.softcap}
+    if segment_ids is not None:
+        segments = jnp.where(jnp.arange(size + t)[None] < missing, NOBODY, join(segment_ids))
+        return causal_attention(q, k, v, segments, **options)[:, size:]
+    # What is missing moves behind the shard's own tokens: into their future, where nobody looks.
+    out = causal_attention(*(jnp.roll(x, -missing, axis=1) for x in (q, k, v)), **options)
+    return jax.lax.dynamic_slice_in_dim(out, size - missing, t, axis=1)
 
 
 def _whole_groups(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
@@ -134,12 +160,14 @@ def _whole_groups(q, k, v, pattern: Pattern, part: int, segment_ids, *, context:
     half, t = g // 2, q.shape[1]
     before = _neighbour(k[:, -half:], v[:, -half:], None if segment_ids is None else segment_ids[:, -half:], context)
     first = g - half  # tokens here of the group that began in the shard before
-    head = _after(before, q[:, :first], k[:, :first], v[:, :first], _cut(segment_ids, 0, first))
-    rest = pieces(q[:, first:], k[:, first:], v[:, first:], _cut(segment_ids, first, t), first=g, group=g)
+    cap = pattern.softcap
+    head = _after(before, q[:, :first], k[:, :first], v[:, :first], _cut(segment_ids, 0, first), cap)
+    rest = (x[:, first:] for x in (q, k, v))
+    rest = pieces(*rest, _cut(segment_ids, first, t), first=g, group=g, softcap=cap)
     return jnp.concatenate([head, rest], axis=1)
 
 
-def _by_turns(plain, shifted, segment_ids, context: int):
+def _by_turns(plain, shifted, pattern: Pattern, segment_ids, context: int):
     """A shard of half a group: the half of the heads whose group ends here needs the shard before, by turns."""
     odd = jax.lax.axis_index("context") % 2 == 1
 
@@ -149,8 +177,8 @@ def _by_turns(plain, shifted, segment_ids, context: int):
     ends, begins = turn(plain, shifted, odd), turn(shifted, plain, odd)
     # The shard after this one is of the other kind: what ends there is what begins here.
     before = _neighbour(begins[1], begins[2], segment_ids, context)
-    out_ends = _after(before, ends[0], ends[1], ends[2], segment_ids)
-    out_begins = causal_attention(begins[0], begins[1], begins[2], segment_ids)
+    out_ends = _after(before, ends[0], ends[1], ends[2], segment_ids, pattern.softcap)
+    out_begins = causal_attention(begins[0], begins[1], begins[2], segment_ids, softcap=pattern.softcap)
     return turn((out_ends, out_begins), (out_begins, out_ends), odd)
 
 
@@ -162,7 +190,7 @@ def _neighbour(k, v, segments, context: int):
     return k, v, segments
 
 
-def _after(before, q, k, v, segment_ids):
+def _after(before, q, k, v, segment_ids, softcap: float):
     """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
     k_before, v_before, segments_before = before
     s, t = k_before.shape[1], q.shape[1]
@@ -174,25 +202,26 @@ def _after(before, q, k, v, segment_ids):
 
     if segment_ids is not None:
         segments = join(segments_before, segment_ids)
-        return causal_attention(join(nobody, q), join(k_before, k), join(v_before, v), segments)[:, s:]
+        q, k, v = join(nobody, q), join(k_before, k), join(v_before, v)
+        return causal_attention(q, k, v, segments, softcap=softcap)[:, s:]
     # What the first shard was given stands behind its own tokens: in their future, where nobody looks.
     first = jax.lax.axis_index("context") == 0
 
     def place(x, y):
         return jnp.where(first, join(y, x), join(x, y))
 
-    out = causal_attention(place(nobody, q), place(k_before, k), place(v_before, v))
+    out = causal_attention(place(nobody, q), place(k_before, k), place(v_before, v), softcap=softcap)
     return jnp.where(first, out[:, :t], out[:, s:])
 
 
-def _short(q, k, v, runs, size: int, others, context: int):
+def _short(q, k, v, runs, pattern: Pattern, others, context: int):
     """attention.attend_short on a shard, with the tokens before it from one neighbour."""
-    before = None
+    before, size = None, pattern.full_below
     if context > 1:
         k_before, v_before, runs_before = (_from_the_left(x[:, -size:], context) for x in (k, v, runs))
         first = jax.lax.axis_index("context") == 0
         before = k_before, v_before, jnp.where(first, -2, runs_before)
-    return attend_short(q, k, v, runs, size, others, before)
+    return attend_short(q, k, v, runs, pattern, others, before)
 
 
 def _cut(segment_ids, start: int, stop: int):

@@ -1,8 +1,9 @@
-"""The attention patterns of LongLoRA as predicates: who may see whom. The single source of truth.
+"""The attention patterns of LongLoRA, and sliding windows, as predicates: who may see whom. The single source of truth.
 
 Every kernel and every shortcut of attend.py is tested against `allowed`.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,30 +12,45 @@ from longlora_jax.errors import UserError
 
 GROUPED = ("s2", "s2_wrap", "s2_swap", "short")
 ABLATIONS = ("dilated", "block_sparse", "stride_sparse")
-PATTERNS = ("full", *GROUPED, *ABLATIONS)
+PATTERNS = ("full", "window", *GROUPED, *ABLATIONS)
+ALIKE = ("full", "window", "short")  # all heads see the same: no half of them is shifted
 
 
 @dataclass(frozen=True)
 class Pattern:
     """Which keys a query may see: a name out of PATTERNS and the group size G in tokens (0 for `full`).
 
+    A `window` of W = group_size tokens is a query's own and the W - 1 before it, the sliding_window of transformers.
     full_below: tokens of a segment of at most so many see all of their segment that came before, whatever the groups.
+    softcap: scores become softcap * tanh(scores / softcap) before the mask (Gemma 2, arXiv:2408.00118); 0: as they are.
     """
 
     name: str
     group_size: int = 0
     full_below: int = 0
+    softcap: float = 0.0
 
     def __post_init__(self):
         if self.name not in PATTERNS:
             raise UserError(f"attention pattern {self.name!r} is unknown: use one of {', '.join(PATTERNS)}")
-        if self.name != "full" and self.group_size < 2:
+        if self.name == "window":
+            if self.group_size < 1:
+                raise UserError(f"attention pattern 'window' got group_size={self.group_size}: give 1 token or more")
+            if self.full_below:
+                raise UserError(f"attention pattern 'window' has no groups: leave out full_below={self.full_below}")
+        elif self.name != "full" and self.group_size < 2:
             raise UserError(
                 f"attention pattern {self.name!r} got group_size={self.group_size}: give a group of 2 tokens or more"
             )
+        if not 0 <= self.softcap < math.inf:
+            raise UserError(
+                f"attention got softcap={self.softcap}: give a positive number, or 0 for scores as they are"
+            )
 
     def __str__(self):
-        return self.name if self.name == "full" else f"{self.name}(G={self.group_size})"
+        size = {"full": "", "window": f"W={self.group_size}"}.get(self.name, f"G={self.group_size}")
+        given = [x for x in (size, f"softcap={self.softcap:g}" if self.softcap else "") if x]
+        return f"{self.name}({', '.join(given)})" if given else self.name
 
 
 FULL = Pattern("full")
@@ -58,6 +74,8 @@ def allowed(pattern: Pattern, head, i, j, *, num_heads: int, seq_len: int, segme
     match pattern.name:
         case "full":
             seen = causal
+        case "window":
+            seen = causal & (i - j < g)
         case "short":
             seen = causal & (i // g == j // g)
         case "s2" | "s2_wrap" | "s2_swap":

@@ -173,7 +173,7 @@ def test_padding_and_lonely_tokens_give_no_nan(name):
         np.testing.assert_allclose(ours[0][1], np.repeat(qkv[2][1], 3, axis=1), **F32)
 
 
-@pytest.mark.parametrize("name", ("full", *GROUPED))
+@pytest.mark.parametrize("name", ("full", "window", *GROUPED))
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_square_array_is_ever_built(name, packed):
     """A mask or scores of [T, T]: 40 GB a head in float32 at the paper's 100,000 tokens."""
@@ -200,7 +200,7 @@ def test_pieces_hold_the_allowed_pairs_and_no_more(name, t, g, n):
     """Groups computed and thrown away: pairs of all pieces that reach the kernel are those of the predicate."""
     handed = 0
 
-    def count(q, k, v, segment_ids=None):
+    def count(q, k, v, segment_ids=None, **_):
         nonlocal handed
         rows, length, heads, _ = q.shape
         handed += rows * heads * length * (length + 1) // 2
@@ -213,22 +213,26 @@ def test_pieces_hold_the_allowed_pairs_and_no_more(name, t, g, n):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_kernel_never_visits_blocks_above_the_diagonal(backward):
-    """Scores computed only to be masked: twice the work of causal attention."""
+@pytest.mark.parametrize(
+    ("window", "blocks", "masked"),  # of 5 x 5 blocks of 8 tokens
+    [(0, 15, 5), (1, 5, 5), (2, 9, 9), (8, 9, 9), (9, 9, 9), (10, 12, 12), (16, 12, 8), (17, 12, 8), (18, 14, 10)],
+)
+def test_kernel_visits_what_is_seen_and_masks_its_edges(window, blocks, masked, backward):
+    """Scores computed only to be masked: twice the work of causal attention, far more than that of a window."""
     visited = []
     kernel_scores = kernels._scores
 
     def scores(*args):
-        jax.debug.callback(visited.append, args[-1])  # whether the block is on the diagonal
+        jax.debug.callback(visited.append, args[-1] is not None)  # whether the block is masked
         return kernel_scores(*args)
 
     qkv = random_qkv(0, 1, 40, 2, 1, 4)
     with mock.patch.object(kernels, "_scores", scores):
         if backward:
-            run(lambda *qkv: blockwise_attention(*qkv, block=8), *qkv)
+            run(lambda *qkv: blockwise_attention(*qkv, window=window, block=8), *qkv)
         else:
-            blockwise_attention(*qkv[:3], block=8)
+            blockwise_attention(*qkv[:3], window=window, block=8)
     jax.effects_barrier()
     passes = 2 if backward else 1  # the backward pass computes each block once more
-    assert len(visited) == passes * (5 * 6 // 2)
-    assert sum(map(bool, visited)) == passes * 5
+    assert len(visited) == passes * blocks
+    assert sum(map(bool, visited)) == passes * masked

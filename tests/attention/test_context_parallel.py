@@ -89,6 +89,19 @@ def test_s2_sends_half_a_group_of_half_of_the_heads(g, context):
     assert sent == [("collective-permute", half_a_group_of_keys)] * 2, sent
 
 
+@pytest.mark.parametrize("window, shares", [(8, [7]), (40, [7, 16, 16])], ids=["part of a shard", "three shards"])
+def test_a_window_sends_the_tokens_before_a_shard(window, shares):
+    """Catches: whole shards sent where a window needs fewer of their tokens, a pattern that passes heads round."""
+    b, t, n, k, h = 1, 64, 8, 4, 16
+    place = NamedSharding(mesh := mesh_of(context=4), P(None, "context"))
+    q, key, v, _ = (jax.device_put(x, place) for x in random_qkv(0, b, t, n, k, h))
+    pattern = Pattern("window", window)
+    forward = jax.jit(lambda q, k, v: attend_on_mesh(q, k, v, pattern, mesh), out_shardings=place)
+    sent = collectives(forward.lower(q, key, v).compile())
+    assert sum(shares) == window - 1
+    assert sorted(sent) == sorted(("collective-permute", b * s * k * h * 4) for s in 2 * shares), sent
+
+
 def test_what_cannot_be_cut_is_refused():
     """Catches: an error of shard_map, which knows nothing of seq_len."""
     q, k, v, _ = random_qkv(0, 1, 30, 4, 4, 6)

@@ -3,8 +3,11 @@
 import brute_force
 import numpy as np
 import pytest
+import torch
+import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import masking_utils
 
 from longlora_jax.attention.patterns import FULL, PATTERNS, Pattern, allowed, plain_heads
 from longlora_jax.errors import UserError
@@ -92,6 +95,24 @@ def test_short_groups_never_exchange_and_s2_groups_do():
     np.testing.assert_array_equal(reach["short"], mask(Pattern("short", g), 1, t)[0])
 
 
+def test_a_window_is_transformers_sliding_window():
+    """One token too many: a model that was trained with W keys reads W + 1."""
+    t, window = 9, 4
+    config = transformers.MistralConfig(sliding_window=window, num_hidden_layers=1)
+    config._attn_implementation = "eager"
+    made = masking_utils.create_sliding_window_causal_mask(
+        config, torch.zeros(1, t, 8), attention_mask=None, past_key_values=None, position_ids=torch.arange(t)[None]
+    )
+    np.testing.assert_array_equal(mask(Pattern("window", window), 1, t), made[0].numpy() == 0)
+
+
+def test_a_pattern_says_what_it_is():
+    """A log that leaves out what makes two runs differ."""
+    assert str(FULL) == "full" and str(Pattern("s2", 8)) == "s2(G=8)"
+    assert str(Pattern("window", 8, softcap=50.0)) == "window(W=8, softcap=50)"
+    assert str(Pattern("full", softcap=0.5)) == "full(softcap=0.5)"
+
+
 @pytest.mark.parametrize(("t", "g"), [(64, 16), (96, 8), (48, 48), (240, 6)])
 def test_pair_counts(t, g):
     """T * G / 2 and T * G / 2 - G * G / 4 of the paper, and the diagonal's T / 2 that it leaves out."""
@@ -113,9 +134,20 @@ def test_the_middle_head_of_an_odd_number_is_plain():
     assert [plain_heads(n) for n in (1, 2, 3, 4, 9)] == [1, 1, 2, 2, 5]
 
 
-@pytest.mark.parametrize(("name", "g", "advice"), [("s3", 4, "use one of"), ("s2", 0, "group"), ("short", 1, "group")])
-def test_bad_patterns_are_one_clear_line(name, g, advice):
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (("s3", 4), "use one of"),
+        (("s2", 0), "group"),
+        (("short", 1), "group"),
+        (("window", 0), "give 1 token or more"),
+        (("window", 4, 2), "leave out full_below=2"),
+        (("full", 0, 0, -1.0), "softcap=-1.0: give a positive number"),
+        (("full", 0, 0, float("nan")), "softcap=nan: give a positive number"),
+    ],
+)
+def test_bad_patterns_are_one_clear_line(given, advice):
     """A typing error that trains under another pattern."""
     with pytest.raises(UserError, match=advice) as error:
-        Pattern(name, g)
+        Pattern(*given)
     assert "\n" not in str(error.value)

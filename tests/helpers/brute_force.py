@@ -21,6 +21,8 @@ def sees(name: str, g: int, *, head: int, i: int, j: int, heads: int, t: int) ->
     same_group = i // g == j // g if g else True
     if name == "full":
         return True
+    if name == "window":  # itself and the g - 1 before: transformers' sliding_window
+        return j > i - g
     if name == "short":
         return same_group
     if name == "s2":
@@ -46,20 +48,24 @@ def mask(name: str, g: int, *, heads: int, t: int) -> np.ndarray:
     return np.array(pairs, bool).reshape(heads, t, t)
 
 
-def attention(q, k, v, allowed, d_out):
+def attention(q, k, v, allowed, d_out, softcap=0.0):
     """Masked softmax attention and its gradients in float64.
 
     q, d_out: [B, T, N, H]; k, v: [B, T, K, H]; allowed: booleans that broadcast to [B, N, T, T]; a query that
-    sees nothing gives zeros. Returns out, d_q, d_k, d_v.
+    sees nothing gives zeros; softcap: scores become softcap * tanh(scores / softcap). Returns out, d_q, d_k, d_v.
     """
     q, k, v, d_out = (np.asarray(x, np.float64).transpose(0, 2, 1, 3) for x in (q, k, v, d_out))
     kv_heads, rep, scale = k.shape[1], q.shape[1] // k.shape[1], 1 / math.sqrt(q.shape[-1])
     k, v = np.repeat(k, rep, axis=1), np.repeat(v, rep, axis=1)
-    scores = np.where(allowed, q @ k.swapaxes(2, 3) * scale, -1e300)
+    scores, slope = q @ k.swapaxes(2, 3) * scale, 1.0
+    if softcap:
+        bent = np.tanh(scores / softcap)
+        scores, slope = softcap * bent, 1 - bent**2
+    scores = np.where(allowed, scores, -1e300)
     weights = np.where(allowed, np.exp(scores - scores.max(-1, keepdims=True)), 0)
     weights /= np.maximum(weights.sum(-1, keepdims=True), 1)  # the greatest is 1, unless nothing is seen
     d_weights = d_out @ v.swapaxes(2, 3)
-    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) * scale
+    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) * slope * scale
 
     def sum_heads(x):
         return x.reshape(x.shape[0], kv_heads, rep, *x.shape[2:]).sum(2)
