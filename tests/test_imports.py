@@ -28,7 +28,17 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "weights": (
         *("checksums", "hub", "tensors", "torch_files", "families", "hf_rope", "config_faults"),
         *("hf_config", "rules", "layouts", "habits", "hf"),
-        *("peft_files", "peft_export", "peft", "gguf_reader", "gguf_tokenizer", "gguf", "converted", "load"),
+        *(
+            "peft_files",
+            "peft_layouts",
+            "peft_export",
+            "peft",
+            "gguf_reader",
+            "gguf_tokenizer",
+            "gguf",
+            "converted",
+            "load",
+        ),
     ),
     "parallel": ("rendezvous", "sharding", "distributed"),
     "generate": ("session", "generation", "__main__"),
@@ -45,7 +55,7 @@ WITHOUT_JAX = {
     *("data", "files", "progress"),
     *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "hf")),
     *(f"weights/{name}" for name in ("families", "config_faults", "layouts", "habits")),
-    *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_export", "peft")),
+    *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_layouts", "peft_export", "peft")),
     *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf")),
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -142,15 +142,16 @@ def extend_rope(
     seq_len: int,
     rope_type: str,
     factor: float | None = None,
+    unscaled: str = "linear",
     **fields: Any,
 ) -> RopeScaling | None:
     """The scaling that carries a model to seq_len tokens, always from its original window.
 
     scaling and max_position_embeddings: the model's as it is. rope_type: one of ROPE_TYPES, or "auto": the kind that
-    the model has, linear (the paper's) for one that was never scaled. factor: ceil(seq_len / original) unless given
-    (llama3: the factor that the model has, times seq_len / window: Meta's 8 covers 16 windows); without it, a model
-    whose window already holds seq_len keeps what it has (None if it was never scaled). fields: more fields of
-    RopeScaling; a model of the same kind keeps its own, llama3 starts from Meta's. A kind that takes the place of
+    the model has, or `unscaled` (linear is the paper's) for one that was never scaled. factor: ceil(seq_len / original)
+    unless given (llama3: the factor that the model has, times seq_len / window: Meta's 8 covers 16 windows); without
+    it, a model whose window already holds seq_len keeps what it has (None if it was never scaled). fields: more fields
+    of RopeScaling; a model of the same kind keeps its own, llama3 starts from Meta's. A kind that takes the place of
     another is logged. Raises UserError. arXiv:2309.12307; its code divides by the window that is already scaled: 4096
     x8 extended to 65,536 gives 2 there and 16 here.
     """
@@ -161,7 +162,7 @@ def extend_rope(
     if factor is None and seq_len <= window:
         return scaling
     own = scaling.rope_type if scaling is not None else None
-    kind = (own or "linear") if rope_type == "auto" else rope_type
+    kind = (own or unscaled) if rope_type == "auto" else rope_type
     if own == kind == "longrope" and not {"short_factor", "long_factor"} <= set(fields):
         raise UserError(
             f"the model's longrope has factors that were searched for its window of {window:,}, none for {seq_len:,}: "

@@ -1,8 +1,8 @@
 """The decoder in Flax, a LLaMA and what its relatives change in it: the only file that knows flax.linen.
 
-What a family of models does otherwise are fields of ModelConfig with a LLaMA's values as defaults. One declaration per weight: its shape, logical
-axes and initializer stand where the weight is used, and abstract parameters, shardings and real ones all follow from it
-(see `abstract_params`, `logical_axes`, `init_params`).
+What a family of models does otherwise are fields of ModelConfig, a LLaMA's values their defaults. One declaration per
+weight: its shape, logical axes and initializer stand where it is used; abstract parameters, shardings and real ones all
+follow from it (see `abstract_params`, `logical_axes`, `init_params`).
 """
 
 import dataclasses

@@ -123,7 +123,7 @@ ACTIVATIONS = {
 
 
 class FeedForward(flax.struct.PyTreeNode):
-    """down(act(gate x) * up x) (arXiv:2002.05202), or down(act(up x)) without a gate. act: a name out of ACTIVATIONS."""
+    """down(act(gate x) * up x) (arXiv:2002.05202), or down(act(up x)) without a gate; act: out of ACTIVATIONS."""
 
     gate: Linear | None
     up: Linear

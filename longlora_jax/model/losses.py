@@ -32,8 +32,8 @@ def cross_entropy(hidden, kernel, targets, weights, *, chunk: int = CHUNK, softc
 
     hidden: [..., D] after the final norm; kernel: [D, V], the output projection (lm_head, or the transposed
     embedding); targets: [...] int32; weights: [...], 0 leaves a token out; softcap: of output_logits. Returns (sum of
-    weight * nll, sum of weights), float32 scalars; divide them for the mean. Chunks of rows whose weights are all 0 are skipped, so
-    a masked row costs nothing and cannot give NaN, whatever its targets are.
+    weight * nll, sum of weights), float32 scalars; divide them for the mean. Chunks of rows whose weights are all 0 are
+    skipped, so a masked row costs nothing and cannot give NaN, whatever its targets are.
     """
     d = hidden.shape[-1]
     weights = weights.reshape(-1).astype(jnp.float32)

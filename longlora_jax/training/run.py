@@ -30,6 +30,7 @@ from longlora_jax.resilience.checkpoints import RunCheckpoints
 from longlora_jax.training import optim
 from longlora_jax.training.step import TrainState
 from longlora_jax.weights import hf, hub, load
+from longlora_jax.weights.families import family_of
 from longlora_jax.weights.rules import with_rows
 
 log = logging.getLogger("longlora_jax")
@@ -198,6 +199,7 @@ def check_same_shape(given: ModelConfig, base: ModelConfig, path: str) -> None:
         "eos_token_id",
         "pad_token_id",
         "initializer_range",
+        "model_type",
     }
     names = [f.name for f in dataclasses.fields(given) if f.name not in free]
     if wrong := [
@@ -217,6 +219,7 @@ def extend_model(model: ModelConfig, config: Config) -> ModelConfig:
         seq_len=config.seq_len,
         rope_type=config.rope.type,
         factor=config.rope.factor or None,
+        unscaled=family_of(model).rope_type,
     )
     return dataclasses.replace(model, rope_scaling=scaling, max_position_embeddings=window)
 

@@ -38,11 +38,11 @@ def _writes_nothing(config: ModelConfig) -> Raw:
 class Family:
     """What a model_type has otherwise than a LLaMA.
 
-    architecture: its class in transformers, which config.json names. defaults: what transformers takes a key to be where
-    config.json leaves it out. always: fields of ModelConfig that all of its models have. same: keys of config.json that
-    are fields of ModelConfig under their own name. reads(raw) gives further fields of ModelConfig, writes(config)
-    further keys of config.json. known: keys that these two take care of. rope_type: what rope.type=auto makes of a model
-    that was never scaled. renames: parts of names in its files, {ours: theirs}; fused: what its files store in one.
+    architecture: its class in transformers, which config.json names. defaults: what transformers takes a key to be
+    where config.json leaves it out. always: fields of ModelConfig that all of its models have. same: keys that are
+    fields of ModelConfig under their own name. reads(raw) gives further fields of ModelConfig, writes(config)
+    further keys of config.json. known: keys that these two take care of. rope_type: what rope.type=auto makes of a
+    model that was never scaled. renames: parts of names in its files, {ours: theirs}; fused: what they store in one.
     """
 
     architecture: str
@@ -265,6 +265,7 @@ FAMILIES: dict[str, Family] = {
         "SmolLM3ForCausalLM",
         {
             **{"max_position_embeddings": 32768, "tie_word_embeddings": True, "num_key_value_heads": 4},
+            "rope_theta": 2_000_000.0,
             **{"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004},
         },
         same=BIASES,

@@ -67,7 +67,7 @@ def load_config(folder: str) -> ModelConfig:
 
 
 def one_form(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with one name for what has several: SYNONYMS, and Gemma 3's rope_parameters of each kind of layer."""
+    """A config.json with one name for what has several: SYNONYMS, and Gemma 3's rope of each kind of layer."""
     raw = dict(raw)
     for name, ours in SYNONYMS.items():
         if raw.get(name) is not None:

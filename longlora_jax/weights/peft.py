@@ -15,10 +15,13 @@ from longlora_jax.config import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig, Mode
 from longlora_jax.errors import UserError
 from longlora_jax.weights import hf
 from longlora_jax.weights.config_faults import refuse
+from longlora_jax.weights.families import family_of
 from longlora_jax.weights.habits import EMBED, HEAD
 from longlora_jax.weights.hf_config import load_config
 from longlora_jax.weights.hub import local_folder
+from longlora_jax.weights.layouts import our_name, to_ours
 from longlora_jax.weights.peft_files import SETTINGS, AdapterFiles, Pair, Rows, read_adapter
+from longlora_jax.weights.peft_layouts import pairs_to_ours
 from longlora_jax.weights.rules import (
     Params,
     Table,
@@ -128,6 +131,9 @@ def _open(folder: str, base: str | None, window: int | None, rope_type: str) -> 
     except UserError as error:
         refuse(folder, [*files.faults, f"its base model: {error}"])
         raise
+    theirs, odd = to_ours(config, files.whole)
+    rows = {our_name(family_of(config), name): given for name, given in files.rows.items()}
+    files = files._replace(pairs=pairs_to_ours(config, files.pairs), whole=theirs, rows=rows, faults=files.faults + odd)
     config, whole = _fit(config, table, files)
     faults = files.faults + _tensor_faults(config, files, whole)
     try:
@@ -249,5 +255,6 @@ def _extend(folder: str, config: ModelConfig, window: int | None, rope_type: str
         max_position_embeddings=config.max_position_embeddings,
         seq_len=window,
         rope_type=rope_type,
+        unscaled=family_of(config).rope_type,
     )
     return replace(config, rope_scaling=scaling, max_position_embeddings=max(window, config.max_position_embeddings))

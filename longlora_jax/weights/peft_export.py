@@ -1,6 +1,7 @@
 """PEFT adapters, written: low-rank updates beside a base model, and the weights that were trained whole with them."""
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -11,7 +12,9 @@ from longlora_jax.weights import hf
 from longlora_jax.weights.config_faults import refuse
 from longlora_jax.weights.habits import EMBED, HEAD
 from longlora_jax.weights.hf_config import config_to_json
+from longlora_jax.weights.layouts import to_theirs
 from longlora_jax.weights.peft_files import PREFIX, SETTINGS, WEIGHTS
+from longlora_jax.weights.peft_layouts import adapters_to_theirs, module_ranks
 from longlora_jax.weights.rules import Params, adapters_of, flatten, params_table, weight_rules
 from longlora_jax.weights.tensors import DTYPES, Tensor, reading, write_safetensors
 
@@ -57,7 +60,10 @@ def save_peft(
     Raises UserError if the folder holds something, or if params do not fit config and lora.
     """
     refuse("this adapter cannot be saved", _leaf_faults(config, lora, params))
+    tied_twice = {HEAD: EMBED} if config.tie_word_embeddings and not adapters_only else {}
     whole = params_table(config, params)
+    whole |= {head: whole[embed] for head, embed in tied_twice.items() if embed in whole}
+    whole = to_theirs(config, whole)
     if adapters_only and whole:
         kinds = list(dict.fromkeys(name.split(".")[-2] for name in whole))
         _log.warning(
@@ -66,10 +72,8 @@ def save_peft(
             *(", ".join(kinds), len(whole), f"{sum(t.nbytes for t in whole.values()):,} bytes"),
         )
         whole = {}
-    if config.tie_word_embeddings and EMBED in whole:
-        whole[HEAD] = whole[EMBED]
     tensors = {PREFIX + name: tensor for name, tensor in whole.items()}
-    for name, adapter in adapters_of(config, params, lora.scale).items():
+    for name, adapter in adapters_to_theirs(config, adapters_of(config, params, lora.scale)).items():
         for letter, array in (("A", adapter.a), ("B", adapter.b)):
             key = f"{PREFIX}{name.removesuffix('.weight')}.lora_{letter}.weight"
             tensors[key] = Tensor(array.dtype, array.shape, lambda array=array: array)
@@ -78,7 +82,7 @@ def save_peft(
     # With no dtype named, transformers loads the base in its own.
     own = {key: value for key, value in config_to_json(config, "").items() if not key.endswith("dtype")}
     with new_folder(folder) as aside, reading("writing", tensors.values()) as read:
-        write_json(os.path.join(aside, SETTINGS), _settings(lora, name, revision, list(whole)))
+        write_json(os.path.join(aside, SETTINGS), _settings(config, lora, name, revision, list(whole)))
         write_json(os.path.join(aside, "config.json"), own)
         with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as file:
             file.write(_README.format(base=name, source=source, window=config.max_position_embeddings))
@@ -87,8 +91,12 @@ def save_peft(
             hf.copy_tokenizer(tokenizer_from, aside, chat, window=config.max_position_embeddings)
 
 
-def _settings(lora: LoraConfig, base: str, revision: str, whole: list[str]) -> dict[str, Any]:
+def _settings(config: ModelConfig, lora: LoraConfig, base: str, revision: str, whole: list[str]) -> dict[str, Any]:
     """The content of adapter_config.json; whole: names of the weights that are no matrices of LoRA."""
+    ranks = module_ranks(config, lora)
+    larger = {name: rank for name, rank in ranks.items() if rank != lora.rank}
+    # The scale stays what it is: alpha / rank, or alpha / sqrt(rank) with rslora.
+    alphas = {n: lora.alpha * (math.sqrt(r / lora.rank) if lora.rslora else r / lora.rank) for n, r in larger.items()}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -101,11 +109,17 @@ def _settings(lora: LoraConfig, base: str, revision: str, whole: list[str]) -> d
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "target_modules": list(lora.targets),
+        "target_modules": list(ranks),
         "modules_to_save": list(dict.fromkeys(name.split(".")[-2] for name in whole)) or None,
     }
+    if larger:
+        settings |= {"rank_pattern": larger, "alpha_pattern": alphas}
     # PEFT 0.6 and 0.7 fail over a key that came later.
     return settings | ({"use_rslora": True} if lora.rslora else {})
+
+
+def _is_norm(path: tuple[str, ...]) -> bool:
+    return len(path) > 1 and path[-2].endswith("norm")
 
 
 def _leaf_faults(config: ModelConfig, lora: LoraConfig, params: Params) -> list[str]:
@@ -117,10 +131,10 @@ def _leaf_faults(config: ModelConfig, lora: LoraConfig, params: Params) -> list[
             inputs, outputs = rule.shape[: rule.input_axes], rule.shape[rule.input_axes :]
             needed[(*rule.path[:-1], "lora_a")] = (layers, *inputs, lora.rank)
             needed[(*rule.path[:-1], "lora_b")] = (layers, lora.rank, *outputs)
-        elif rule.path[-1] in ("embedding", "scale") or rule.path[0] == "lm_head":
+        elif rule.path[-1] == "embedding" or _is_norm(rule.path) or rule.path[0] == "lm_head":
             allowed[rule.path] = (layers, *rule.shape) if rule.layered else rule.shape
-    if any(path[-1] == "scale" for path in leaves):  # PEFT's "norm" stands for every module whose name ends so
-        needed |= {path: shape for path, shape in allowed.items() if path[-1] == "scale"}
+    if any(map(_is_norm, leaves)):  # PEFT's "norm" stands for every module whose name ends so
+        needed |= {path: shape for path, shape in allowed.items() if _is_norm(path)}
     faults = [f"missing {'/'.join(path)}" for path in needed if path not in leaves]
     for path, leaf in leaves.items():
         name, shape = "/".join(path), (allowed | needed).get(path)
