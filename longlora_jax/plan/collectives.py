@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +31,14 @@ class Collective(NamedTuple):
     times: int
 
 
-def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """Every collective of a compiled program's text, whose devices are those of the mesh in its order."""
+def collectives(text: str, mesh: Mesh, shares: Sequence[float] = ()) -> list[Collective]:
+    """Every collective of a compiled program's text, whose devices are those of the mesh in its order.
+
+    shares: how much of the time each branch of a conditional with so many branches is taken: of a scan over layers of
+    several kinds, the share of each kind. Of other conditionals every branch counts.
+    """
     computations = _computations(text)
-    times = _times(computations)
+    times = _times(computations, shares)
     axes = _axes_of_groups(mesh)
     found: dict[str, Collective] = {}
     for name, lines in computations.items():
@@ -53,7 +58,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 continue
             origin = re.search(r'op_name="([^"]*)"', line)
             # What stands outside of every loop may be overlapped with one, piece by piece, and still runs once.
-            count = 1 if origin and "while" not in origin[1] else times[name]
+            count = 1 if origin and "while" not in origin[1] else round(times[name])
             one = Collective(match["kind"], axis, tuple(s for _, s in parts), size, count)
             # TPUs spread one gather over several fusions, which share its channel.
             channel = re.search(r"channel_id=(\d+)", line)
@@ -85,17 +90,19 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _times(computations: dict[str, list[str]]) -> dict[str, int]:
+def _times(computations: dict[str, list[str]], shares: Sequence[float]) -> dict[str, float]:
     """How often each computation runs: every call counts, a loop's body as often as its loop turns."""
-    times: dict[str, int] = defaultdict(int)
+    times: dict[str, float] = defaultdict(float)
 
-    def visit(name: str, count: int) -> None:
+    def visit(name: str, count: float) -> None:
         times[name] += count
         for line in computations.get(name, ()):
             turns = _turns(line, computations) if " while(" in line else 1
             for group in _CALLED.findall(line):
-                for called in group.replace(" ", "").split(","):
-                    visit(called, count * turns)
+                names = group.replace(" ", "").split(",")
+                taken = shares if " conditional(" in line and len(names) == len(shares) else [1] * len(names)
+                for called, share in zip(names, taken, strict=True):
+                    visit(called, count * turns * share)
 
     visit("ENTRY", 1)
     return times

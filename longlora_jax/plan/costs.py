@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, TURNS, exchange
 from longlora_jax.config import Config
+from longlora_jax.model.layers import patterns_of, windows_of
+from longlora_jax.model_config import ModelConfig
 from longlora_jax.training import run
 
 log = logging.getLogger(__name__)
@@ -22,20 +24,24 @@ def forward_flops(config: Config) -> dict[str, int]:
     """FLOPs of one forward pass of one row of seq_len tokens: {ffn, proj, attention, others, total}.
 
     Counted as the paper does (arXiv:2309.12307, appendix): two for a multiplication and an addition; attention as if it
-    were not causal, 4 T^2 N H L under full attention and a group in place of the second T under groups; others is the
-    output projection.
+    were not causal, 4 T^2 N H L under full attention and a group, or a layer's own window, in place of the second T;
+    others is the output projection.
     """
     c, t = config.model, config.seq_len
     assert c is not None
     heads, kv_heads = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
     seen = config.attention.group_tokens(t) or t
     flops = {
-        "ffn": 6 * t * c.hidden_size * c.intermediate_size * c.num_hidden_layers,
+        "ffn": 2 * _mlp_matrices(c) * t * c.hidden_size * c.intermediate_size * c.num_hidden_layers,
         "proj": 2 * t * c.hidden_size * (2 * heads + 2 * kv_heads) * c.num_hidden_layers,
-        "attention": 4 * t * seen * heads * c.num_hidden_layers,
+        "attention": 4 * t * heads * sum(min(window, t) or seen for window in c.windows),
         "others": 2 * t * c.hidden_size * c.vocab_size,
     }
     return flops | {"total": sum(flops.values())}
+
+
+def _mlp_matrices(c: ModelConfig) -> int:
+    return 3 if c.gated_mlp else 2
 
 
 def step_flops(config: Config, forward: dict[str, int]) -> int:
@@ -75,7 +81,7 @@ def estimate(config: Config, mesh) -> dict[str, int]:
         "attention": layers * (d + (heads + d) // tensor),
         "none": layers * (12 * d + (2 * heads + 4 * c.intermediate_size) // tensor),
     }
-    matrices = d * (heads + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size)
+    matrices = d * (heads + c.num_attention_heads * c.head_dim + _mlp_matrices(c) * c.intermediate_size)
     found = {
         "weights": held(frozen),
         "trainables": held(state.trainable),
@@ -140,10 +146,9 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
     tokens = rows * config.seq_len // shape["context"]
     h, d, layers, tensor = c.head_dim, c.hidden_size, c.num_hidden_layers, shape["tensor"]
     heads, kv_heads = c.num_attention_heads * h // tensor, c.num_key_value_heads * h // tensor
-    block = d * (2 * heads + 2 * kv_heads + 3 * c.intermediate_size // tensor)
+    block = d * (2 * heads + 2 * kv_heads + _mlp_matrices(c) * c.intermediate_size // tensor)
     lm_head = d * c.vocab_size // tensor
     pattern = run.build_model(config).pattern
-    how = exchange(pattern, config.seq_len, c.num_attention_heads, c.num_key_value_heads, shape["context"])
     rank = 0 if config.mode == "full" else config.lora.rank
     wide = {"q_proj": heads, "o_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
     adapters = layers * rank * sum(d + wide.get(name, c.intermediate_size // tensor) for name in config.lora.targets)
@@ -159,10 +164,13 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
         row("all-reduce", ("data", "fsdp", "context"), config.accumulation * trained, 4),
         row("all-reduce", ("tensor",), (8 * layers + 2) * tokens * d),
     ]
-    if how in (NEIGHBOUR, TURNS):
-        found.append(
-            row("collective-permute", ("context",), 6 * layers * rows * pattern.group_size // 2 * kv_heads // 2)
-        )
-    if how == HEADS:
-        found.append(row("all-to-all", ("context",), 3 * layers * tokens * (2 * heads + 2 * kv_heads)))
+    permuted = swapped = 0
+    for one, count in zip(patterns_of(c, pattern), map(c.windows.count, windows_of(c)), strict=True):
+        how = exchange(one, config.seq_len, c.num_attention_heads, c.num_key_value_heads, shape["context"])
+        if how in (NEIGHBOUR, TURNS):  # keys and values; of groups, half a group of the shifted half of the heads
+            tokens_sent = one.group_size - 1 if one.name == "window" else one.group_size / 4
+            permuted += 6 * count * rows * tokens_sent * kv_heads
+        if how == HEADS:
+            swapped += 3 * count * tokens * (2 * heads + 2 * kv_heads)
+    found += [row("collective-permute", ("context",), permuted), row("all-to-all", ("context",), swapped)]
     return sorted(filter(None, found), key=lambda row: -row["bytes"])

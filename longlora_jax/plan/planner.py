@@ -19,6 +19,7 @@ from longlora_jax.config import Config, MeshConfig, ModelConfig, validate
 from longlora_jax.errors import UserError
 from longlora_jax.model import trainable
 from longlora_jax.model.decoder import Llama, abstract_params
+from longlora_jax.model.layers import windows_of
 from longlora_jax.parallel import sharding
 from longlora_jax.plan.chips import GIB, Topology, find_topology
 from longlora_jax.plan.collectives import collectives, totals
@@ -52,6 +53,8 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     else:
         compiled, memory, needed, fits = None, {}, by_hand["total"], by_hand["total"] <= limit
     text = _text(compiled) if compiled else ""
+    windows = model.config.windows
+    shares = [windows.count(window) / len(windows) for window in windows_of(model.config)]
     shapes = abstract_params(model)
     mask = trainable.trainable_mask(shapes, config.mode)
     flops = forward_flops(config)
@@ -86,7 +89,7 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
         "forward_flops": flops,
         "step_flops": useful,
         "collectives_by": "compiler" if text else "formula",
-        "collectives": totals(collectives(text, mesh)) if text else sent(config, mesh),
+        "collectives": totals(collectives(text, mesh, shares)) if text else sent(config, mesh),
         "tokens_per_step": tokens,
         "assumed_mfu": mfu,
         "tokens_per_second": tokens / seconds,

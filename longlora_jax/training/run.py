@@ -79,6 +79,11 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     )
     assert config.model is not None  # validate() wants one where there is no init_from
     config.model = extend_model(config.model, config)
+    if config.mode != "full" and (lacking := set(config.lora.targets) - set(config.model.targets)):
+        raise UserError(
+            f"lora.targets holds {', '.join(sorted(lacking))}, which a {config.model.model_type} does not have: use "
+            f"names out of {', '.join(config.model.targets)}"
+        )
     if config.continue_from:
         _check_earlier_run(config)
     if (warmup := config.optim.warmup_steps) >= config.steps:

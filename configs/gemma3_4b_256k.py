@@ -1,0 +1,16 @@
+"""The text model of Gemma 3 4B to a window of 262,144 tokens.
+
+Command:   python train.py --config configs/gemma3_4b_256k.py --workdir runs/gemma3_4b_256k --config.init_from=DIR
+           DIR is a local folder of the text model alone (model_type gemma3_text).
+Hardware:  HARDWARE
+           --config.mesh.fsdp=2 --config.mesh.context=4 --config.accumulation=32 --config.remat=offload
+Expected:  no figure is quoted: nobody has published this extension.
+"""
+
+from longlora_jax.config import Config
+from longlora_jax.presets import gemma3_4b, longlora
+
+
+def get_config() -> Config:
+    """The paper's recipe at 262,144 tokens: full layers in groups of 65,536 and interpolated by 16, window layers as are."""
+    return longlora(gemma3_4b(), init_from="google/gemma-3-4b-pt", seq_len=262_144)
