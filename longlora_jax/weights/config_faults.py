@@ -77,8 +77,11 @@ _Fields = dict[str, Callable[[Any], bool]]
 _FIELDS: _Fields = {**dict.fromkeys(SIZES, is_size), **dict.fromkeys((*SWITCHES, *BIASES), _is_switch)}
 _FIELDS |= {**dict.fromkeys(NUMBERS, _is_positive), **dict.fromkeys(TOKEN_IDS, _is_id)}
 _KIND_FIELDS: _Fields = {
-    **dict.fromkeys(("sliding_window", "query_pre_attn_scalar", "no_rope_layer_interval"), _is_positive),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq"), _is_positive),
+    **dict.fromkeys(("sliding_window", "no_rope_layer_interval"), is_size),
+    **dict.fromkeys(
+        ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "rope_local_base_freq"),
+        _is_positive,
+    ),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), _is_positive),
     **dict.fromkeys(("logits_scaling", "partial_rotary_factor"), _is_positive),
     **dict.fromkeys(("use_sliding_window", "use_parallel_residual"), _is_switch),
@@ -89,7 +92,7 @@ _SILU = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2", "gran
 _ROPE_NUMBERS = "attention_factor beta_fast beta_slow mscale mscale_all_dim low_freq_factor high_freq_factor".split()
 _ROPE_FIELDS: _Fields = {"original_max_position_embeddings": is_size, "truncate": _is_switch}
 _ROPE_FIELDS |= {**dict.fromkeys(_ROPE_NUMBERS, _is_number), **dict.fromkeys(("factor", "rope_theta"), _is_positive)}
-_ROPE_FIELDS |= dict.fromkeys(("short_factor", "long_factor"), _is_list)
+_ROPE_FIELDS |= dict.fromkeys(("short_factor", "long_factor"), _is_list) | {"partial_rotary_factor": _is_positive}
 
 
 def _field_faults(table: Mapping[str, Any], fields: _Fields) -> list[str]:
@@ -129,6 +132,10 @@ def config_faults(raw: Mapping[str, Any], kind: str = "llama") -> list[str]:
 def family_faults(raw: Mapping[str, Any], kind: str) -> list[str]:
     """What is wrong with the keys of a config.json that some families have alone, its other fields being right."""
     known = FAMILIES[kind].known
+    for table in (raw, raw.get("rope_scaling"), raw.get("rope_parameters")):
+        share = table.get("partial_rotary_factor") if isinstance(table, dict) else None
+        if "partial_rotary_factor" not in known and share not in (None, 1):
+            return [f"partial_rotary_factor is {shown(share)}: a {kind} rotates whole heads, so leave it out"]
     return foreign_faults({key: value for key, value in raw.items() if key not in known}) + _kind_faults(raw, kind)
 
 

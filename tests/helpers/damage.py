@@ -256,7 +256,7 @@ def configs() -> Cases:
     for key, value in (("vocab_size", 17), ("hidden_size", 16), ("intermediate_size", 11), ("num_hidden_layers", 1)):
         yield f"{key}={value}", base("one") | {"config.json": as_json(CONFIG | {key: value})}
     mistral = CONFIG | {"model_type": "mistral"}
-    for window in [5, 63, "5", [5], {"a": 1}, True, 1.5, -1, float("nan")]:
+    for window in [0, 2**31, "5", [5], {"a": 1}, True, 1.5, -1, float("nan")]:
         files = base("one") | {"config.json": as_json(mistral | {"sliding_window": window})}
         yield f"sliding_window={window}", files
 

@@ -18,6 +18,7 @@ from longlora_jax.model.lora import merge_lora
 from longlora_jax.model.trainable import census, combine, partition, trainable_mask
 from longlora_jax.training.step import TrainState, loss_sums, train_step
 from longlora_jax.weights.hf import load_hf
+from longlora_jax.weights.hf_config import config_to_json
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -46,7 +47,8 @@ OPTIONS = {
 def hf_model(**options):
     """A random model of transformers in float32 with the shape of tiny_config."""
     kind, rope = options.pop("class", "Llama"), options.pop("rope", {"rope_type": "default"})
-    sizes = {k: v for k, v in vars(tiny_config()).items() if k not in ("rope_theta", "rope_scaling")} | options
+    written = {key for key in config_to_json(tiny_config(), "") if "rope" not in key and "dtype" not in key}
+    sizes = {k: v for k, v in vars(tiny_config()).items() if k in written - {"model_type"}} | options
     config = getattr(transformers, f"{kind}Config")(**sizes, rope_parameters={"rope_theta": 5000.0, **rope})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     torch.manual_seed(0)
