@@ -162,8 +162,8 @@ def _whole_groups(q, k, v, pattern: Pattern, part: int, segment_ids, *, context:
     first = g - half  # tokens here of the group that began in the shard before
     cap = pattern.softcap
     head = _after(before, q[:, :first], k[:, :first], v[:, :first], _cut(segment_ids, 0, first), cap)
-    rest = (x[:, first:] for x in (q, k, v))
-    rest = pieces(*rest, _cut(segment_ids, first, t), first=g, group=g, softcap=cap)
+    q, k, v = (x[:, first:] for x in (q, k, v))
+    rest = pieces(q, k, v, _cut(segment_ids, first, t), first=g, group=g, softcap=cap)
     return jnp.concatenate([head, rest], axis=1)
 
 

@@ -142,7 +142,7 @@ def causal_mask(t: int, window: int = 0):
 
     reach, edges = window or t, {}
 
-    class Quick:
+    class Quick(splash.Mask):
         def __getitem__(self, index):
             q, k = index
             nearest, farthest = q.start - (k.stop - 1), q.stop - 1 - k.start  # from a query back to a key
@@ -220,7 +220,7 @@ def blockwise_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: 
     k, v = (x.reshape(z, blocks, block, kv_heads, h).transpose(1, 0, 3, 2, 4) for x in (k, v))
     if segment_ids is not None:
         segment_ids = segment_ids.reshape(z, blocks, block).transpose(1, 0, 2)
-    out = _blocks(q, k, v, segment_ids, window, softcap)
+    out: Any = _blocks(q, k, v, segment_ids, window, softcap)
     out = out.reshape(blocks, z, kv_heads, rep, block, h).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(z, blocks * block, n, h)[:, :t]
 

@@ -18,8 +18,8 @@ from longlora_jax.errors import UserError
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
 
 
-def s2(g):
-    return Pattern("s2", g)
+def s2(g, softcap=0.0):
+    return Pattern("s2", g, softcap=softcap)
 
 
 CASES = {  # name: (pattern, mesh, (B, T, N, K), what is exchanged)
@@ -41,9 +41,14 @@ CASES = {  # name: (pattern, mesh, (B, T, N, K), what is exchanged)
     "wrap": (Pattern("s2_wrap", 8), {"context": 2}, (1, 32, 4, 2), HEADS),
     "heads over tensor": (s2(8), {"tensor": 2}, (1, 32, 8, 4), NOTHING),
     "a kv head for two devices": (s2(8), {"tensor": 4}, (1, 32, 8, 2), NOTHING),
-    "everything": (s2(8), {"fsdp": 2, "context": 2, "tensor": 2}, (2, 32, 8, 4), NEIGHBOUR),
-    "everything by turns": (s2(16), {"data": 2, "context": 2, "tensor": 2}, (2, 16, 8, 4), TURNS),
-    "everything full": (FULL, {"fsdp": 2, "context": 2, "tensor": 2}, (2, 32, 8, 4), HEADS),
+    "everything, capped": (s2(8, 0.9), {"fsdp": 2, "context": 2, "tensor": 2}, (2, 32, 8, 4), NEIGHBOUR),
+    "everything by turns, capped": (s2(16, 0.9), {"data": 2, "context": 2, "tensor": 2}, (2, 16, 8, 4), TURNS),
+    "everything full, capped": (
+        Pattern("full", softcap=0.9),
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        (2, 32, 8, 4),
+        HEADS,
+    ),
     "rows that do not divide": (s2(8), {"fsdp": 2, "context": 4}, (3, 32, 4, 4), NEIGHBOUR),
     "an ablation": (Pattern("dilated", 4), {"fsdp": 2, "tensor": 2}, (2, 16, 4, 2), NOTHING),
 }
