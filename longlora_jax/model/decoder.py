@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from longlora_jax.attention.context_parallel import HEADS, attend_on_mesh, constrain, exchange
 from longlora_jax.attention.kernels import keeps_cudnn
-from longlora_jax.attention.patterns import ABLATIONS, FULL, Pattern
+from longlora_jax.attention.patterns import ABLATIONS, ALIKE, FULL, Pattern
 from longlora_jax.attention.rope import apply_rope
 from longlora_jax.model.cache import Cache, attend_to_cache, cache_tables
 from longlora_jax.model.layers import Kinds, frequencies_of, kinds_of, patterns_of, tables_of
@@ -159,7 +159,7 @@ class Attention(nn.Module):
     def _head_chunks(self, t: int) -> dict[str, int]:
         """{chunks, parts} of over_heads."""
         c, mesh = self.config, self.mesh
-        parts = 1 if self.pattern.name in ("full", "short") else 2
+        parts = 1 if self.pattern.name in ALIKE else 2
         whole = self.pattern.name in ABLATIONS or c.qk_norm == "projection"
         if self.chunks == 1 or whole or (mesh and mesh.shape["tensor"] > 1):
             return {"chunks": 1, "parts": parts}

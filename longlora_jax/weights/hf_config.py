@@ -73,7 +73,8 @@ def one_form(raw: Mapping[str, Any]) -> dict[str, Any]:
         if raw.get(name) is not None:
             raw[ours] = raw[name]
     rope = raw.get("rope_parameters")
-    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+    has_kinds = raw.get("model_type") == "gemma3_text"
+    if has_kinds and isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
         local = rope.get("sliding_attention")
         raw["rope_parameters"] = rope["full_attention"]
         if isinstance(local, dict):
