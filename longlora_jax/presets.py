@@ -160,7 +160,7 @@ def mistral_7b() -> ModelConfig:
 
 
 def gemma3_4b() -> ModelConfig:
-    """The text model of Gemma 3 4B: 3,880,099,328 parameters, five of six layers in windows of 1,024."""
+    """The text model of Gemma 3 4B: 3,880,263,168 parameters, five of six layers in windows of 1,024."""
     return ModelConfig(
         model_type="gemma3_text",
         vocab_size=262_208,
