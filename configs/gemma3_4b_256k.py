@@ -12,5 +12,5 @@ from longlora_jax.presets import gemma3_4b, longlora
 
 
 def get_config() -> Config:
-    """The paper's recipe at 262,144 tokens: full layers in groups of 65,536 and interpolated by 16, window layers as are."""
+    """The paper's recipe at 262,144 tokens: full layers in groups of 65,536 and interpolated by 16, windows kept."""
     return longlora(gemma3_4b(), init_from="google/gemma-3-4b-pt", seq_len=262_144)

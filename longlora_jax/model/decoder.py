@@ -145,7 +145,7 @@ class Attention(nn.Module):
                     functools.partial(attend_on_mesh, pattern=one, mesh=self.mesh, segment_ids=segment_ids)
                     for one in patterns_of(c, self.pattern)
                 ]
-                return under[0](q, k, v) if len(under) == 1 else jax.lax.switch(kinds.window, under, q, k, v)
+                return under[0](q, k, v) if kinds is None else jax.lax.switch(kinds.window, under, q, k, v)
 
         if cache is None:
             y = over_heads(attend_heads, q, k, v, x, mesh=self.mesh, **self._head_chunks(x.shape[1]))

@@ -18,7 +18,7 @@ def group_of(path: tuple[str, ...]) -> str:
         return "lora"
     if path[0] == "embed_tokens":
         return "embedding"
-    if len(path) > 1 and path[-2].endswith("norm"):
+    if path[-2:-1] and path[-2].endswith("norm"):
         return "norm"
     if path[0] == "lm_head":
         return "lm_head"

@@ -38,6 +38,7 @@ def load_config(folder: str) -> ModelConfig:
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         refuse(path, [_other_kind(kind, raw)])
+    assert isinstance(kind, str)  # refused otherwise
     raw = defaults_of(kind) | one_form(raw)
     # A null means the same as a key that is left out.
     width: Any = raw.get("hidden_size")
