@@ -104,13 +104,19 @@ def _heads(q, k, v, start: int, stop: int):
     a copy of its own kv head.
     """
     rep = q.shape[2] // k.shape[2]
-    if start % rep == 0 and stop % rep == 0:
-        kv = slice(start // rep, stop // rep)
-    elif start // rep == (stop - 1) // rep:
-        kv = slice(start // rep, start // rep + 1)
-    else:
-        kv = np.arange(start, stop) // rep
-    return q[:, :, start:stop], k[:, :, kv], v[:, :, kv]
+    first, last = start // rep, (stop - 1) // rep
+    if (start % rep == 0 and stop % rep == 0) or first == last:
+        return q[:, :, start:stop], k[:, :, first : last + 1], v[:, :, first : last + 1]
+    copies = [min(stop, (kv + 1) * rep) - max(start, kv * rep) for kv in range(first, last + 1)]
+
+    def own(x):
+        # Broadcast slices, whose gradients are sums; an index array would be a gather, and a scatter backward.
+        one = [
+            jnp.broadcast_to(x[:, :, kv : kv + 1], (*x.shape[:2], n, x.shape[3])) for kv, n in enumerate(copies, first)
+        ]
+        return jnp.concatenate(one, axis=2)
+
+    return q[:, :, start:stop], own(k), own(v)
 
 
 def _shifted(q, k, v, segment_ids, pattern: Pattern, t: int, g: int):
@@ -148,6 +154,14 @@ def pieces(q, k, v, segment_ids, *, first: int, group: int, softcap: float):
         out = causal_attention(fold(q), fold(k), fold(v), segments, softcap=softcap)
         return out.reshape(b, stop - start, *q.shape[2:])
 
+    if first and first == rest:  # the two ends of a row, equally long, in one call
+
+        def ends(x):
+            return None if x is None else jnp.concatenate([x[:, :first], x[:, t - rest :]])
+
+        head, tail = jnp.split(causal_attention(*map(ends, (q, k, v, segment_ids)), softcap=softcap), 2)
+        middle = [run(first, t - rest, full)] if full else []
+        return jnp.concatenate([head, *middle, tail], axis=1)
     bounds = [(0, first, 1), (first, t - rest, full), (t - rest, t, 1)]
     return jnp.concatenate([run(*piece) for piece in bounds if piece[1] > piece[0]], axis=1)
 
