@@ -57,8 +57,7 @@ def collectives(text: str, mesh: Mesh, shares: Sequence[float] = ()) -> list[Col
             if not axis:
                 continue
             origin = re.search(r'op_name="([^"]*)"', line)
-            # What stands outside of every loop may be overlapped with one, piece by piece, and still runs once.
-            count = 1 if origin and "while" not in origin[1] else round(times[name])
+            count = _count(times[name], origin[1].count("while/body") if origin else None)
             one = Collective(match["kind"], axis, tuple(s for _, s in parts), size, count)
             # TPUs spread one gather over several fusions, which share its channel.
             channel = re.search(r"channel_id=(\d+)", line)
@@ -90,21 +89,35 @@ def _computations(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _times(computations: dict[str, list[str]], shares: Sequence[float]) -> dict[str, float]:
-    """How often each computation runs: every call counts, a loop's body as often as its loop turns."""
-    times: dict[str, float] = defaultdict(float)
+def _count(calls: list[tuple[float, ...]], loops: int | None) -> int:
+    """How often an operation runs that stands within so many loops of the program as it was written.
 
-    def visit(name: str, count: float) -> None:
-        times[name] += count
+    What is written outside of a loop may be overlapped with it, piece by piece, and still runs once.
+    """
+    if loops is not None and any(len(turns) > loops for turns in calls):
+        return round(max(math.prod(turns[:loops]) for turns in calls))
+    return round(sum(map(math.prod, calls)))
+
+
+def _times(computations: dict[str, list[str]], shares: Sequence[float]) -> dict[str, list[tuple[float, ...]]]:
+    """The calls of each computation: of each, how often every loop around it turns, the outermost first.
+
+    The share of a branch is a part of the turns of the loop around it.
+    """
+    times: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+
+    def visit(name: str, loops: tuple[float, ...]) -> None:
+        times[name].append(loops)
         for line in computations.get(name, ()):
             turns = _turns(line, computations) if " while(" in line else 1
             for group in _CALLED.findall(line):
                 names = group.replace(" ", "").split(",")
                 taken = shares if " conditional(" in line and len(names) == len(shares) else [1] * len(names)
                 for called, share in zip(names, taken, strict=True):
-                    visit(called, count * turns * share)
+                    inside = (*loops, turns) if " while(" in line else loops
+                    visit(called, (*inside[:-1], inside[-1] * share) if inside else inside)
 
-    visit("ENTRY", 1)
+    visit("ENTRY", ())
     return times
 
 

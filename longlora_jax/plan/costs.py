@@ -153,15 +153,17 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
     wide = {"q_proj": heads, "o_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
     adapters = layers * rank * sum(d + wide.get(name, c.intermediate_size // tensor) for name in config.lora.targets)
     trained = layers * block + lm_head if config.mode == "full" else adapters
+    # A tied embedding that trains: the output projection's gradient is one of the whole matrix, which is gathered twice.
+    tied = lm_head if c.tie_word_embeddings and config.mode not in ("lora", "full") else 0
 
     def row(op: str, axes: tuple[str, ...], elements: float, bytes_each: int = size) -> dict[str, Any] | None:
         axes = tuple(axis for axis in axes if shape[axis] > 1)
         return {"op": op, "axis": "+".join(axes), "bytes": int(elements * bytes_each)} if axes and elements else None
 
     found = [
-        row("all-gather", ("fsdp", "context"), config.accumulation * (2 * layers * block + lm_head)),
+        row("all-gather", ("fsdp", "context"), config.accumulation * (2 * layers * block + lm_head + tied)),
         row("all-to-all", ("fsdp", "context"), 2 * tokens * d),
-        row("all-reduce", ("data", "fsdp", "context"), config.accumulation * trained, 4),
+        row("all-reduce", ("data", "fsdp", "context"), config.accumulation * (trained + tied), 4),
         row("all-reduce", ("tensor",), (8 * layers + 2) * tokens * d),
     ]
     permuted = swapped = 0
