@@ -153,7 +153,7 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
     wide = {"q_proj": heads, "o_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
     adapters = layers * rank * sum(d + wide.get(name, c.intermediate_size // tensor) for name in config.lora.targets)
     trained = layers * block + lm_head if config.mode == "full" else adapters
-    # A tied embedding that trains: the output projection's gradient is one of the whole matrix, which is gathered twice.
+    # A tied embedding that trains is gathered twice, and its gradient as the output projection's is one of all of it.
     tied = lm_head if c.tie_word_embeddings and config.mode not in ("lora", "full") else 0
 
     def row(op: str, axes: tuple[str, ...], elements: float, bytes_each: int = size) -> dict[str, Any] | None:
