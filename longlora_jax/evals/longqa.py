@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_outputs(args.json, args.plot)
     rows = _read(args.data)
     args.model = at_step(args.model, args.step)
-    reader = Reader(args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size)
+    reader = Reader(
+        args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size, quantize=args.quantize
+    )
     most = (args.max_tokens or reader.config.max_position_embeddings) - args.max_new_tokens
     prompts = {row: prompt(reader, question) for row, question in enumerate(rows)}
     fitting = [row for row, ids in prompts.items() if len(ids) <= most]
