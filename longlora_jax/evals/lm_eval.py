@@ -266,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if isinstance(value, float | int) and "stderr" not in metric:
                 print(f"{name:<30} {metric:<24} {value:.4f}")
     if args.json:
-        settings = {k: getattr(args, k) for k in ("model", "dtype", "num_fewshot", "limit", "apply_chat_template")}
+        settings = {
+            k: getattr(args, k) for k in ("model", "dtype", "quantize", "num_fewshot", "limit", "apply_chat_template")
+        }
         versions = {
             "max_length": model.max_length,
             "versions": found["versions"],

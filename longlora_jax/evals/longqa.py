@@ -103,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"room for {most} beside --max_new_tokens {args.max_new_tokens}: raise --max_tokens"
         )
     head = {"task": "longqa", "model": args.model, "weights": reader.weights, "data": args.data, "dtype": args.dtype}
+    head |= {"quantize": args.quantize} if args.quantize != "none" else {}
     head |= {"template": reader.template, "max_new_tokens": args.max_new_tokens}
     results = Results(args.json, head, ["row"])
     asked = fitting[: args.limit]

@@ -131,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     override = {"rope_type": args.rope_type, "rope_factor": args.rope_factor} if args.rope_type else None
     head = {"model": args.model, "weights": weights_of(args.model, opened.tokenizer_dir), "data": args.data}
     head |= {"data_tokens": sizes, "attention": args.attention, "dtype": args.dtype, "rope_override": override}
+    if args.quantize != "none":
+        head |= {"quantize": args.quantize}
     if args.attention == "s2":
         head |= {"group_ratio": args.group_ratio}
     head |= {"offset": args.offset, "max_windows": args.max_windows, "given_stride": args.stride}

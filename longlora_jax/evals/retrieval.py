@@ -127,6 +127,7 @@ def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | Non
     )
     head = {"task": task.name, "model": args.model, "weights": reader.weights, "dtype": args.dtype}
     head |= {"template": reader.template, "seed": args.seed}
+    head |= {"quantize": args.quantize} if args.quantize != "none" else {}
     key = ("length",) if depths is None else ("length", "depth")
     results = Results(args.json, head | task.settings, key)
     cells = [{"length": t} | ({} if depths is None else {"depth": d}) for t in args.lengths for d in depths or [0.0]]

@@ -148,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         answer = _answer(session, ids[shared:], tokenizer, chat, args)
         answers.append(asked | {"prompt_tokens": len(ids)} | answer)
     if args.json:
-        head = {"model": args.model, "dtype": args.dtype, **memory, "shared_tokens": shared, "shared_seconds": seconds}
+        head = {"model": args.model, "dtype": args.dtype, "quantize": args.quantize, **memory}
+        head |= {"shared_tokens": shared, "shared_seconds": seconds}
         first = answers[0] | {"prefill_seconds": seconds + answers[0]["prefill_seconds"]}
         write_json(args.json, first | head | {"answers": answers})
 

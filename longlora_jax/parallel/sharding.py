@@ -187,6 +187,7 @@ def _read_packed(tensor: Tensor, layout: Layout, q: Quantization, mesh: Mesh, re
     for name, size in mesh.shape.items():
         if layout.groups % (ways * size) == 0:
             ways, axes = ways * size, [*axes, name]
+    assert tensor.quantization in (None, q), "bnb.agreed has refused what would be quantized twice"
     array = None if tensor.packed else read(tensor)
     whole = read(tensor, packed=True) if array is None else quantize(array, q) if q.nested else None
 

@@ -14,7 +14,7 @@ from longlora_jax.files import new_folder, one_line, read_json, refuse_pointer, 
 from longlora_jax.weights.bnb import unpacked
 from longlora_jax.weights.config_faults import TOKEN_IDS, refuse
 from longlora_jax.weights.habits import settle
-from longlora_jax.weights.hf_config import config_to_json, load_config
+from longlora_jax.weights.hf_config import config_to_json, is_quantized, load_config
 from longlora_jax.weights.layouts import to_theirs
 from longlora_jax.weights.rules import (
     Params,
@@ -68,6 +68,10 @@ def open_hf(folder: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     table, faults = _open_files(folder)
     table, damaged = unpacked(table)
     faults += damaged
+    if is_quantized(folder) and not faults and not any(tensor.quantization for tensor in table.values()):
+        faults.append(
+            "config.json says that the weights are quantized by bitsandbytes, and none is: take quantization_config out"
+        )
     complete = not faults
     table, odd = settle(config, table)
     if complete:
