@@ -24,9 +24,12 @@ def from_hf(args: argparse.Namespace) -> None:
 def to_hf(args: argparse.Namespace) -> None:
     """Anything that open_model opens -> Hugging Face folder, adapters merged."""
     from longlora_jax.weights import hf, load
+    from longlora_jax.weights.base import merged_into
 
     model = load.open_model(load.at_step(args.model, args.step), args.dtype, check=True, base=args.base)
     hf.write_hf(args.hf_dir, model.config, model.table, tokenizer_from=model.tokenizer_dir, chat=model.chat_format())
+    if said := merged_into(model.workdir, args.base):
+        print(said)
 
 
 def to_peft(args: argparse.Namespace) -> None:
@@ -53,6 +56,7 @@ def to_peft(args: argparse.Namespace) -> None:
         tokenizer_from=tokenizer,
         chat=chat,
         adapters_only=args.adapters_only,
+        quantization=run.base_quantization,
     )
 
 

@@ -189,7 +189,7 @@ def print_census(config: Config, model: Llama, mesh, step_fn, data: Batches) -> 
     """What is about to happen: parameters by group, attention, data, tokens a step, memory, mesh."""
     if not distributed.is_first():
         return
-    shapes = abstract_params(model)
+    shapes = abstract_params(model.clone(quantization=None))  # codes are not parameters
     for line in metrics.census_lines(trainable.census(shapes, trainable.trainable_mask(shapes, config.mode))):
         print(line)
     tokens = config.batch_size * config.seq_len
@@ -199,6 +199,8 @@ def print_census(config: Config, model: Llama, mesh, step_fn, data: Batches) -> 
     scaled = f"{rope.rope_type} x{rope.factor:g} from {rope.original_max_position_embeddings:,}" if rope else "unscaled"
     print(f"model      window {config.model.max_position_embeddings:,}, rope {scaled}")
     kernel = kernel_name(config.dtype, config.model.head_dim)
+    if model.quantization:
+        print(f"base       matrices of the blocks in {model.quantization}")
     print(f"attention  {model.pattern}, kernel {kernel}, dtype {config.dtype}, remat {config.remat}")
     for part, share, epochs in zip(data.parts, data.shares, data.epochs(config.steps), strict=True):
         print(f"data       {share:.1%} of rows, {epochs:.2f} epochs, {part.packing.line()}")

@@ -114,6 +114,9 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     dtype: str = "bfloat16"  # of activations and frozen weights: bfloat16 | float32
+    # Of the blocks' frozen matrices, as bitsandbytes has them: nf4 | nf4_double (scales in eight bits) | int8; none: as
+    # they are, which a folder that bitsandbytes quantized has in its codes (fp4 and fp4_double are only read).
+    base_quantization: str = "none"
     neftune_alpha: float = 0.0  # noise on the embeddings in training (arXiv:2310.05914 takes 5 to 15); 0: none
     # What the backward pass computes again of a block: block (all of it), attention (all but attention), none, or
     # offload (all, and the blocks' inputs wait in the host's memory: TPU and GPU). auto: the fastest that fits, by the
@@ -137,6 +140,7 @@ class Config:
 
 
 CHOICES = {
+    "base_quantization": ("none", "nf4", "nf4_double", "int8", "fp4", "fp4_double"),
     "mode": MODES,
     "dtype": ("bfloat16", "float32"),
     "remat": ("block", "attention", "offload", "none", "auto"),
@@ -192,6 +196,16 @@ def validate(config: Config) -> None:
     faults += _group_faults(config.attention, config.seq_len)
     if config.mode != "full" and config.lora.rank < 1:
         faults.append(f"lora.rank={config.lora.rank} leaves mode={config.mode!r} without adapters: set it to 1 or more")
+    if config.base_quantization != "none" and config.mode == "full":
+        faults.append(
+            f"base_quantization={config.base_quantization} keeps the base as codes, which have no gradient, and mode="
+            "'full' trains it: set mode to longlora or lora, or base_quantization to none"
+        )
+    if config.base_quantization != "none" and config.chunks > 1 and config.remat == "none":
+        faults.append(
+            f"chunks={config.chunks} with remat='none' would keep every layer's matrices unpacked: set remat to block "
+            "or offload, or chunks to 1"
+        )
     if unknown := set(config.lora.targets) - {*ATTENTION_TARGETS, *MLP_TARGETS}:
         known = ", ".join((*ATTENTION_TARGETS, *MLP_TARGETS))
         faults.append(f"lora.targets holds {', '.join(sorted(unknown))}: use names out of {known}")

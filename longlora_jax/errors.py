@@ -79,6 +79,10 @@ def numbers(kind: type, least: float, most: float = math.inf):
 
 
 # Of every command that reads a run (see weights/load.at_step).
+QUANTIZE = ("nf4", "int8")
+QUANTIZE_HELP = (
+    "keep the blocks' matrices in memory in 4 or 8 bits, as bitsandbytes quantizes them (default: as they are)"
+)
 STEP_HELP = "of a run: the checkpoint of this step, or best, that of the lowest eval/loss (default: the newest)"
 
 

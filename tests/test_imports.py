@@ -23,22 +23,15 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "config": (),
     "config_file": (),
     "presets": (),
-    "model": ("losses", "lora", "trainable", "on_mesh", "linear", "layers", "cache", "decoder"),
+    "model": (
+        *("codes", "losses", "lora", "trainable", "on_mesh", "quantized", "linear", "layers", "cache", "decoder"),
+    ),
     "data": None,
     "weights": (
         *("checksums", "hub", "tensors", "torch_files", "families", "hf_rope", "config_faults"),
-        *("hf_config", "rules", "layouts", "habits", "hf"),
-        *(
-            "peft_files",
-            "peft_layouts",
-            "peft_export",
-            "peft",
-            "gguf_reader",
-            "gguf_tokenizer",
-            "gguf",
-            "converted",
-            "load",
-        ),
+        *("hf_config", "rules", "bnb", "layouts", "habits", "hf"),
+        *("peft_files", "peft_layouts", "peft_export", "peft", "gguf_reader", "gguf_tokenizer", "gguf", "converted"),
+        *("load", "base"),
     ),
     "parallel": ("rendezvous", "sharding", "distributed"),
     "generate": ("session", "generation", "__main__"),
@@ -52,8 +45,8 @@ ORDER: dict[str, tuple[str, ...] | None] = {
 }
 WINGS = tuple(ORDER)
 WITHOUT_JAX = {
-    *("data", "files", "progress"),
-    *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "hf")),
+    *("data", "files", "progress", "model/codes"),
+    *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "bnb", "hf")),
     *(f"weights/{name}" for name in ("families", "config_faults", "layouts", "habits")),
     *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_layouts", "peft_export", "peft")),
     *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf")),

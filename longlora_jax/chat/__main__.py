@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chunk", type=number(int, 1, 2**20), default=512, metavar="N", help=chunk_help)
     dtype_help = "of weights, activations and cache (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
+    add("--quantize", choices=errors.QUANTIZE, default="none", help=errors.QUANTIZE_HELP)
     return parser
 
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from longlora_jax.weights.load import at_step, open_model
 
     args.model = at_step(args.model, args.step)
-    opened = open_model(args.model)
+    opened = open_model(args.model, quantize=args.quantize)
     tokenizer = load_tokenizer(opened.tokenizer_dir)
     from longlora_jax.chat import page
 

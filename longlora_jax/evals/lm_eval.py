@@ -62,10 +62,11 @@ class LongLoraLM(TemplateLM):
         dtype: str = "float32",
         batch_size: int | str = 8,
         max_length: int | None = None,
+        quantize: str = "none",
         **ignored: Any,
     ):
         super().__init__()
-        self._opened = open_model(model)
+        self._opened = open_model(model, quantize=quantize)
         self._folder = self._opened.tokenizer_dir
         self._tokenizer = load_tokenizer(self._folder)
         self._format = self._opened.chat_format()
@@ -238,11 +239,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch_size", type=number(int, 1), default=8, metavar="N", help="rows of a forward pass (default: 8)")
     dtype_help = "of weights, activations and cache (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
+    add("--quantize", choices=errors.QUANTIZE, default="none", help=errors.QUANTIZE_HELP)
     args = parser.parse_args(argv)
     errors.start_logging()
     check_outputs(args.json, None)
     args.model = at_step(args.model, args.step)
-    model = LongLoraLM(args.model, dtype=args.dtype, batch_size=args.batch_size, max_length=args.max_length)
+    how = {"dtype": args.dtype, "batch_size": args.batch_size, "max_length": args.max_length}
+    model = LongLoraLM(args.model, **how, quantize=args.quantize)
     manager = TaskManager(include_path=args.include_path)
     names = args.tasks.split(",")
     if unknown := [name for name in names if not name.endswith(".yaml") and name not in manager.all_tasks]:
@@ -263,7 +266,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if isinstance(value, float | int) and "stderr" not in metric:
                 print(f"{name:<30} {metric:<24} {value:.4f}")
     if args.json:
-        settings = {k: getattr(args, k) for k in ("model", "dtype", "num_fewshot", "limit", "apply_chat_template")}
+        settings = {
+            k: getattr(args, k) for k in ("model", "dtype", "quantize", "num_fewshot", "limit", "apply_chat_template")
+        }
         versions = {
             "max_length": model.max_length,
             "versions": found["versions"],

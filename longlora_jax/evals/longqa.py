@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_outputs(args.json, args.plot)
     rows = _read(args.data)
     args.model = at_step(args.model, args.step)
-    reader = Reader(args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size)
+    reader = Reader(
+        args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size, quantize=args.quantize
+    )
     most = (args.max_tokens or reader.config.max_position_embeddings) - args.max_new_tokens
     prompts = {row: prompt(reader, question) for row, question in enumerate(rows)}
     fitting = [row for row, ids in prompts.items() if len(ids) <= most]
@@ -101,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"room for {most} beside --max_new_tokens {args.max_new_tokens}: raise --max_tokens"
         )
     head = {"task": "longqa", "model": args.model, "weights": reader.weights, "data": args.data, "dtype": args.dtype}
+    head |= {"quantize": args.quantize} if args.quantize != "none" else {}
     head |= {"template": reader.template, "max_new_tokens": args.max_new_tokens}
     results = Results(args.json, head, ["row"])
     asked = fitting[: args.limit]

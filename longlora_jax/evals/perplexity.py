@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     dtype_help = "of weights and activations (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
+    add("--quantize", choices=errors.QUANTIZE, default="none", help=errors.QUANTIZE_HELP)
     rows_help = f"windows computed at once: speed and memory only (default: {TOKENS_AT_ONCE} tokens' worth)"
     add("--batch_size", type=number(int, 1), metavar="N", help=rows_help)
     return parser
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _check(args)
     texts = {path: read_text(path) for path in args.data if not path.endswith(".bin")}
     args.model = at_step(args.model, args.step)
-    opened = open_model(args.model, args.dtype)
+    opened = open_model(args.model, args.dtype, quantize=args.quantize)
     tokenizer = load_tokenizer(opened.tokenizer_dir) if texts else None
     documents = [
         tokenizer.encode(texts[path]) if tokenizer and path in texts else _read_bin(path, args.bin_dtype, opened.config)
@@ -130,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     override = {"rope_type": args.rope_type, "rope_factor": args.rope_factor} if args.rope_type else None
     head = {"model": args.model, "weights": weights_of(args.model, opened.tokenizer_dir), "data": args.data}
     head |= {"data_tokens": sizes, "attention": args.attention, "dtype": args.dtype, "rope_override": override}
+    if args.quantize != "none":
+        head |= {"quantize": args.quantize}
     if args.attention == "s2":
         head |= {"group_ratio": args.group_ratio}
     head |= {"offset": args.offset, "max_windows": args.max_windows, "given_stride": args.stride}

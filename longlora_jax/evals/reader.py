@@ -28,11 +28,19 @@ class Reader:
 
     template: "chat" sends what is asked through the model's template (what its run trained under, or the tokenizer's),
     "plain" as it is, "auto" takes the template if there is one. batch_size: prompts read at once (None: TOKENS_AT_ONCE
-    tokens' worth). Raises UserError.
+    tokens' worth); quantize: see open_model. Raises UserError.
     """
 
-    def __init__(self, path: str, *, template: str = "auto", dtype: str = "float32", batch_size: int | None = None):
-        self._opened = open_model(path)
+    def __init__(
+        self,
+        path: str,
+        *,
+        template: str = "auto",
+        dtype: str = "float32",
+        batch_size: int | None = None,
+        quantize: str = "none",
+    ):
+        self._opened = open_model(path, quantize=quantize)
         self._dtype, self._batch_size = dtype, batch_size
         self.config = self._opened.config
         folder = self._opened.tokenizer_dir

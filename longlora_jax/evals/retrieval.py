@@ -96,6 +96,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--template", choices=TEMPLATES, default="auto", help=template_help)
     dtype_help = "of weights, activations and cache (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
+    add("--quantize", choices=errors.QUANTIZE, default="none", help=errors.QUANTIZE_HELP)
     rows_help = f"prompts read at once: speed and memory only (default: {TOKENS_AT_ONCE} tokens' worth)"
     add("--batch_size", type=number(int, 1), metavar="N", help=rows_help)
 
@@ -121,9 +122,12 @@ def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | Non
     errors.start_logging()
     check_outputs(args.json, args.plot)
     args.model = at_step(args.model, args.step)
-    reader = Reader(args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size)
+    reader = Reader(
+        args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size, quantize=args.quantize
+    )
     head = {"task": task.name, "model": args.model, "weights": reader.weights, "dtype": args.dtype}
     head |= {"template": reader.template, "seed": args.seed}
+    head |= {"quantize": args.quantize} if args.quantize != "none" else {}
     key = ("length",) if depths is None else ("length", "depth")
     results = Results(args.json, head | task.settings, key)
     cells = [{"length": t} | ({} if depths is None else {"depth": d}) for t in args.lengths for d in depths or [0.0]]

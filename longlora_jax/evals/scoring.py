@@ -21,9 +21,11 @@ from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.attention.rope import extend_rope
 from longlora_jax.config import MeshConfig, ModelConfig
 from longlora_jax.errors import UserError
+from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.model.losses import output_kernel
 from longlora_jax.model.on_mesh import token_nll_on_mesh
+from longlora_jax.model.quantized import is_packed
 from longlora_jax.parallel.sharding import make_mesh, place_weights, weight_shardings
 from longlora_jax.progress import progress_bar
 from longlora_jax.weights.load import LoadedModel, OpenModel
@@ -68,14 +70,14 @@ def plan_windows(
 
 def on_device(model: OpenModel, dtype: str) -> LoadedModel:
     """The model in dtype, read onto all devices tensor by tensor, every weight cut over them."""
-    where = _shardings(model.config, _mesh_for(model.config, 1))
+    where = _shardings(model.config, _mesh_for(model.config, 1), model.quantization)
     dtypes = jax.tree.map(lambda _: jnp.dtype(dtype), where)
-    params = place_weights(model.config, model.table, where, dtypes)
-    return LoadedModel(model.config, params, None, model.tokenizer_dir)
+    params = place_weights(model.config, model.table, where, dtypes, model.quantization)
+    return LoadedModel(model.config, params, None, model.tokenizer_dir, model.quantization)
 
 
-def _shardings(config: ModelConfig, mesh: Mesh):
-    llama = Llama(config)
+def _shardings(config: ModelConfig, mesh: Mesh, quantization: Quantization | None):
+    llama = Llama(config, quantization=quantization)
     return weight_shardings(mesh, logical_axes(llama), abstract_params(llama))
 
 
@@ -215,10 +217,10 @@ def _nll_of_windows(
             "tokenize the text with the model's own tokenizer"
         )
     mesh = _mesh_for(model.config, seq_len)
-    llama = Llama(model.config, pattern=pattern, dtype=jnp.dtype(dtype), mesh=mesh)
+    llama = Llama(model.config, pattern=pattern, dtype=jnp.dtype(dtype), mesh=mesh, quantization=model.quantization)
     # Cast first: a merged kernel that is rounded to bfloat16 is not what was trained.
-    cast = dataclasses.replace(model, params=jax.tree.map(lambda x: x.astype(dtype), model.params))
-    params = jax.device_put(cast.merged(), _shardings(model.config, mesh))
+    cast = dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(_cast_to(dtype), model.params))
+    params = jax.device_put(cast.merged(), _shardings(model.config, mesh, model.quantization))
     rows = min(batch_size or max(TOKENS_AT_ONCE // seq_len, 1), len(windows))
     with progress_bar(len(windows), label=label or f"{seq_len:,} tokens", unit="window") as bar:
         for first in range(0, len(windows), rows):
@@ -233,6 +235,11 @@ def _nll_of_windows(
                 )
             yield nll
             bar.update(len(batch))
+
+
+def _cast_to(dtype: str):
+    """A leaf at its path in dtype; what is packed stays as it is."""
+    return lambda path, x: x if is_packed([key.key for key in path]) else x.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--sinks", type=number(int, 0, MOST), metavar="N", help=sinks_help)
     dtype_help = "of weights, activations and cache (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
+    add("--quantize", choices=errors.QUANTIZE, default="none", help=errors.QUANTIZE_HELP)
     return parser
 
 
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = _check(args)
     args.sinks = (4 if args.sinks is None else args.sinks) if args.window else 0
     args.model = at_step(args.model, args.step)
-    opened = open_model(args.model)
+    opened = open_model(args.model, quantize=args.quantize)
     tokenizer = load_tokenizer(opened.tokenizer_dir)
     chat = opened.chat_format()
     prompts = [prompt_ids(text, q, tokenizer, chat, args.system) for q in args.question or [None]]
@@ -147,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         answer = _answer(session, ids[shared:], tokenizer, chat, args)
         answers.append(asked | {"prompt_tokens": len(ids)} | answer)
     if args.json:
-        head = {"model": args.model, "dtype": args.dtype, **memory, "shared_tokens": shared, "shared_seconds": seconds}
+        head = {"model": args.model, "dtype": args.dtype, "quantize": args.quantize, **memory}
+        head |= {"shared_tokens": shared, "shared_seconds": seconds}
         first = answers[0] | {"prefill_seconds": seconds + answers[0]["prefill_seconds"]}
         write_json(args.json, first | head | {"answers": answers})
 

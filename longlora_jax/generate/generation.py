@@ -12,6 +12,7 @@ from longlora_jax.data import Tokenizer
 from longlora_jax.data.chat import ChatFormat
 from longlora_jax.errors import UserError
 from longlora_jax.generate.session import Sampling, Session, complete
+from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.parallel.sharding import make_mesh, place_weights, weight_shardings
 from longlora_jax.weights.load import OpenModel
@@ -55,17 +56,17 @@ def generate(
 def load_for_generation(model: OpenModel, dtype: str = "float32") -> tuple[Llama, Any]:
     """(model, params) on all devices, weights and activations in dtype: heads cut as far as they divide, then columns.
 
-    Adapters are merged.
+    Adapters are merged, and matrices kept as model.quantization says.
     """
-    mesh, shardings = _best_mesh(model.config)
-    llama = Llama(model.config, dtype=jnp.dtype(dtype), mesh=mesh)
+    mesh, shardings = _best_mesh(model.config, model.quantization)
+    llama = Llama(model.config, dtype=jnp.dtype(dtype), mesh=mesh, quantization=model.quantization)
     dtypes = jax.tree.map(lambda _: jnp.dtype(dtype), shardings)
-    return llama, place_weights(model.config, model.table, shardings, dtypes)
+    return llama, place_weights(model.config, model.table, shardings, dtypes, model.quantization)
 
 
-def _best_mesh(config: ModelConfig):
+def _best_mesh(config: ModelConfig, quantization: Quantization | None):
     """(mesh, shardings) of the most devices, with the most of them over heads, that divide the model."""
-    llama, count = Llama(config), jax.device_count()
+    llama, count = Llama(config, quantization=quantization), jax.device_count()
     for used in (count, 1):
         for tensor in (n for n in range(used, 0, -1) if used % n == 0):
             mesh = make_mesh(MeshConfig(data=1, fsdp=used // tensor, context=1, tensor=tensor))

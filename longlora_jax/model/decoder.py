@@ -7,6 +7,7 @@ follow from it (see `abstract_params`, `logical_axes`, `init_params`).
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,9 @@ from longlora_jax.attention.context_parallel import HEADS, attend_on_mesh, const
 from longlora_jax.attention.kernels import keeps_cudnn
 from longlora_jax.attention.patterns import ABLATIONS, ALIKE, FULL, Pattern
 from longlora_jax.attention.rope import apply_rope
+from longlora_jax.model import quantized
 from longlora_jax.model.cache import Cache, attend_to_cache, cache_tables
+from longlora_jax.model.codes import Quantization
 from longlora_jax.model.layers import Kinds, frequencies_of, kinds_of, patterns_of, tables_of
 from longlora_jax.model.linear import FeedForward, Linear, Norm, head_chunks, over_heads, over_sequence
 from longlora_jax.model.losses import output_logits
@@ -63,7 +66,8 @@ class NormWeights(nn.Module):
 class Projection(nn.Module):
     """The weights of a Linear: a kernel [*in, *out] and, if this projection is a target, its adapter.
 
-    axes: logical names of the kernel's axes, the first `input_axes` of them read; features: sizes of *out.
+    axes: logical names of the kernel's axes, the first `input_axes` of them read; features: sizes of *out;
+    quantization: how the kernel is packed.
     """
 
     features: tuple[int, ...]
@@ -73,13 +77,18 @@ class Projection(nn.Module):
     use_bias: bool = False
     input_axes: int = 1
     mesh: Mesh | None = None
+    quantization: Quantization | None = None
 
     @nn.compact
     def __call__(self, *inputs: int) -> Linear:
         """inputs: sizes of *in."""
         in_axes, out_axes, lora = self.axes[: self.input_axes], self.axes[self.input_axes :], self.lora
         declare, key = functools.partial(_declare, self), None
-        kernel = declare("kernel", nn.initializers.normal(self.stddev), self.axes, (*inputs, *self.features))
+        shape = (*inputs, *self.features)
+        if self.quantization is None:
+            kernel = declare("kernel", nn.initializers.normal(self.stddev), self.axes, shape)
+        else:
+            kernel = self._packed(shape, (in_axes[0], out_axes[0]))
         bias = declare("bias", nn.initializers.zeros, out_axes, self.features) if self.use_bias else None
         lora_a = lora_b = None
         if lora is not None and self.name in lora.targets:
@@ -103,6 +112,11 @@ class Projection(nn.Module):
             merge=self.mesh is None or self.mesh.shape["context"] == 1,
         )
 
+    def _packed(self, shape: tuple[int, ...], names: tuple[str, str]) -> quantized.Quantized:
+        assert self.quantization is not None
+        parts: Any = self.param("kernel", quantized.declare(shape, self.input_axes, names, self.quantization))
+        return quantized.Quantized(parts, shape, self.input_axes, self.quantization, names, self.mesh)
+
 
 class Attention(nn.Module):
     """q, k, v, RoPE at the true positions, attend() under the layer's pattern; what o_proj reads, and its weights."""
@@ -112,12 +126,14 @@ class Attention(nn.Module):
     pattern: Pattern
     mesh: Mesh | None
     chunks: int
+    quantization: Quantization | None = None
 
     @nn.compact
     def __call__(self, x, norm: Norm | None, kinds: Kinds | None, cos, sin, segment_ids, cache: Cache | None = None):
         """x: [B, T, D], before its norm. Returns (y [B, T, N, H], o_proj, cache)."""
         c, d = self.config, x.shape[-1]
-        linear = functools.partial(Projection, stddev=c.initializer_range, lora=self.lora, mesh=self.mesh)
+        how = {"lora": self.lora, "mesh": self.mesh, "quantization": self.quantization}
+        linear = functools.partial(Projection, stddev=c.initializer_range, **how)
         heads, kv_heads = (c.num_attention_heads, c.head_dim), (c.num_key_value_heads, c.head_dim)
         bias = c.attention_bias or c.qkv_bias
         q = linear(heads, ("embed", "heads", "head_dim"), use_bias=bias, name="q_proj")(d)
@@ -176,14 +192,14 @@ class MLP(nn.Module):
     config: ModelConfig
     lora: LoraConfig | None
     mesh: Mesh | None
+    quantization: Quantization | None = None
 
     @nn.compact
     def __call__(self) -> FeedForward:
         c = self.config
         d, f = c.hidden_size, c.intermediate_size
-        linear = functools.partial(
-            Projection, stddev=c.initializer_range, lora=self.lora, use_bias=c.mlp_bias, mesh=self.mesh
-        )
+        how = {"lora": self.lora, "mesh": self.mesh, "quantization": self.quantization}
+        linear = functools.partial(Projection, stddev=c.initializer_range, use_bias=c.mlp_bias, **how)
         gate = linear((f,), ("embed", "mlp"), name="gate_proj")(d) if c.gated_mlp else None
         up = linear((f,), ("embed", "mlp"), name="up_proj")(d)
         return FeedForward(gate, up, linear((d,), ("mlp", "embed"), name="down_proj")(f), act=c.hidden_act)
@@ -200,6 +216,7 @@ class Block(nn.Module):
     pattern: Pattern
     mesh: Mesh | None
     chunks: int
+    quantization: Quantization | None = None
 
     @nn.compact
     def __call__(self, carry, kinds: Kinds | None, cos, sin, segment_ids):
@@ -213,11 +230,12 @@ class Block(nn.Module):
         if kinds is not None and cos.ndim == 4:
             cos, sin = cos[kinds.rope], sin[kinds.rope]
         x = checkpoint_name(constrain(x, self.mesh), "block_input")
-        attention = Attention(c, self.lora, self.pattern, self.mesh, self.chunks, name="self_attn")
+        how = (c, self.lora, self.pattern, self.mesh, self.chunks, self.quantization)
+        attention = Attention(*how, name="self_attn")
         y, o, cache = attention(x, norm("input_layernorm", pre), kinds, cos, sin, segment_ids, cache)
         after_attention = norm("post_attention_layernorm", post)
         before_mlp = norm("pre_feedforward_layernorm" if post else "post_attention_layernorm", pre)
-        mlp = MLP(c, self.lora, self.mesh, name="mlp")()
+        mlp = MLP(c, self.lora, self.mesh, self.quantization, name="mlp")()
 
         def add(x, y, norm: Norm | None):
             y = norm(y) if norm else y
@@ -239,7 +257,8 @@ class Llama(nn.Module):
 
     dtype: of activations and of weights where they are multiplied; remat: a name out of REMAT; mesh: where it runs,
     None for one device; chunks: a block's heads and tokens come in so many chunks (model/linear.py); neftune_alpha:
-    noise on the embeddings where a dropout key is given, as in training alone.
+    noise on the embeddings where a dropout key is given, as in training alone; quantization: how the blocks' kernels
+    are packed (model/quantized.py), None for plain ones.
     `apply({"params": params}, tokens)` gives logits; `method="hidden"` stops before the output projection.
     """
 
@@ -251,6 +270,7 @@ class Llama(nn.Module):
     mesh: Mesh | None = None
     chunks: int = 1
     neftune_alpha: float = 0.0
+    quantization: Quantization | None = None
 
     def setup(self):
         c = self.config
@@ -267,7 +287,7 @@ class Llama(nn.Module):
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.layers = scan(c, self.lora, self.pattern, self.mesh, self.chunks)
+        self.layers = scan(c, self.lora, self.pattern, self.mesh, self.chunks, self.quantization)
         self.norm = NormWeights(c)
         if not c.tie_word_embeddings:
             self.lm_head = _Weight("kernel", (c.hidden_size, c.vocab_size), ("embed", "vocab"), normal)
@@ -342,7 +362,7 @@ def logical_axes(model: Llama):
 def _abstract_weights(model: Llama):
     # Tracing takes a second, and a planner asks for many windows: what weights do not depend on is left out.
     config = dataclasses.replace(model.config, rope_scaling=None, max_position_embeddings=1, layer_types=())
-    bare = Llama(config, model.lora and dataclasses.replace(model.lora))
+    bare = Llama(config, model.lora and dataclasses.replace(model.lora), quantization=model.quantization)
     return _traced_weights(bare)  # pyright: ignore[reportArgumentType]: modules have a hash
 
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from longlora_jax.attention.context_parallel import row_axes
 from longlora_jax.errors import UserError
 from longlora_jax.model.lora import apply_lora
+from longlora_jax.model.quantized import Quantized
 
 
 def project(x, kernel, input_axes: int = 1, *, merge: bool = True):
@@ -63,10 +64,10 @@ class Norm(flax.struct.PyTreeNode):
 class Linear(flax.struct.PyTreeNode):
     """x -> x W (+ bias) (+ scale * (x A) B): kernel [*in, *out], bias [*out], lora_a [*in, R], lora_b [R, *out].
 
-    dropout_key: of the adapter's input, None without dropout.
+    kernel: perhaps packed; dropout_key: of the adapter's input, None without dropout.
     """
 
-    kernel: jax.Array
+    kernel: jax.Array | Quantized
     bias: jax.Array | None
     lora_a: jax.Array | None
     lora_b: jax.Array | None
@@ -78,7 +79,7 @@ class Linear(flax.struct.PyTreeNode):
 
     def __call__(self, x):
         """x: [..., *in]. Returns [..., *out] in x's dtype."""
-        y = project(x, self.kernel, self.input_axes, merge=self.merge)
+        y = self._product(x)
         if self.bias is not None:
             y += jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
         if self.lora_a is not None:
@@ -87,6 +88,18 @@ class Linear(flax.struct.PyTreeNode):
                 x = jnp.where(keep, x / (1 - self.dropout), 0)
             y += apply_lora(x, self.lora_a, self.lora_b, input_axes=self.input_axes, scale=self.scale)
         return y
+
+    def _product(self, x):
+        kernel, how = self.kernel, {"input_axes": self.input_axes, "merge": self.merge}
+        if not isinstance(kernel, Quantized):
+            return project(x, kernel, **how)
+        # What its backward pass is left with are codes: it unpacks them again.
+        product = jax.checkpoint(lambda x, packed: project(x, packed.kernel(x.dtype), **how), prevent_cse=False)
+        return product(x, kernel)
+
+    def unpacked(self, dtype) -> "Linear":
+        """The same with a kernel that is not packed, in dtype."""
+        return self.replace(kernel=self.kernel.kernel(dtype)) if isinstance(self.kernel, Quantized) else self
 
     def split_heads(self, chunks: int, parts: int) -> "Linear":
         """The output's heads shared out: leaves get a leading axis [chunks], with heads of every part in each chunk.
@@ -151,7 +164,7 @@ def over_heads(attend_heads, q: Linear, k: Linear, v: Linear, x, *, mesh: Mesh |
     # Every chunk writes where its heads belong: stacked chunks would be as large again when they are put in order.
     n, h = q.kernel.shape[1:]
     out = jnp.zeros((*x.shape[:2], parts, chunks, n // parts // chunks, h), x.dtype)
-    weights = tuple(w.split_heads(chunks, parts) for w in _gathered((q, k, v), mesh))
+    weights = tuple(w.split_heads(chunks, parts) for w in _gathered((q, k, v), mesh, x.dtype))
     out, _ = jax.lax.scan(one, out, (jnp.arange(chunks), weights))
     return out.reshape(*x.shape[:2], n, h)
 
@@ -185,16 +198,19 @@ def over_sequence(f, weights, *arrays, mesh: Mesh | None, chunks: int):
         return y.reshape(*pieces[0].shape[:3], *y.shape[2:])
 
     rows = () if mesh is None else row_axes(b, mesh)
-    weights = _gathered(weights, mesh)
+    weights = _gathered(weights, mesh, arrays[0].dtype)
     out = jax.lax.map(jax.checkpoint(one), (jnp.arange(chunks), tuple(map(cut, arrays))))
     return jnp.moveaxis(held(out, None, rows, "context"), 0, 2).reshape(b, t, *out.shape[4:])
 
 
-def _gathered(weights, mesh: Mesh | None):
-    """Weights on every device, so that they are gathered once and not by every chunk.
+def _gathered(weights, mesh: Mesh | None, dtype):
+    """Weights on every device, so that they are gathered, and unpacked to dtype, once and not by every chunk.
 
     Features over a tensor axis stay where they are.
     """
+    weights = jax.tree.map(
+        lambda w: w.unpacked(dtype) if isinstance(w, Linear) else w, weights, is_leaf=lambda w: isinstance(w, Linear)
+    )
     if mesh is None or mesh.size == 1 or mesh.shape["tensor"] > 1:
         return weights
     return jax.lax.with_sharding_constraint(weights, NamedSharding(mesh, P()))

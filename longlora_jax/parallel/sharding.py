@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from longlora_jax.config import MeshConfig, ModelConfig
 from longlora_jax.errors import UserError
+from longlora_jax.model.codes import Layout, Quantization, quantize
+from longlora_jax.model.quantized import is_packed, packed_specs
 from longlora_jax.weights.rules import Params, Rule, Table, get_leaf, set_leaf, weight_rules
 from longlora_jax.weights.tensors import Tensor, reading
 
@@ -73,11 +75,17 @@ def _sizes(config: MeshConfig, count: int) -> list[int]:
 def weight_shardings(mesh: Mesh, logical_axes, shapes):
     """NamedShardings for a param tree from its logical axes (trees of PartitionSpec and of shapes).
 
-    An axis that its mesh axis does not divide raises UserError; all of them in one message.
+    An axis that its mesh axis does not divide raises UserError; all of them in one message. Packed kernels are cut as
+    far as their blocks allow.
     """
     faults = []
 
     def one(path, axes, shape):
+        if is_packed(names := [key.key for key in path]):
+            parts = get_leaf(shapes, names[:-1])
+            layered = {name: x.shape[1:] for name, x in parts.items()}
+            sides = get_leaf(logical_axes, names[:-1])["codes"][1:]
+            return NamedSharding(mesh, P(None, *packed_specs(sides, layered, RULES, mesh)[names[-1]]))
         spec = P(*(RULES.get(axis) for axis in axes))
         for size, logical, axis in zip(shape.shape, axes, spec, strict=False):
             cuts = {a: mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[a] > 1}
@@ -127,9 +135,13 @@ def place_batch(batch, sharding: NamedSharding, rows: np.ndarray, batch_size: in
     return jax.tree.map(place, batch)
 
 
-def place_weights(config: ModelConfig, table: Table, shardings, dtypes) -> Params:
+def place_weights(
+    config: ModelConfig, table: Table, shardings, dtypes, quantization: Quantization | None = None
+) -> Params:
     """Reads a model straight onto the mesh: a param tree of arrays in these shardings and dtypes (trees of both).
 
+    quantization: how kernels are packed whose shardings are those of packed ones: as they are read, each host its rows
+    of a tensor (with double quantization whole tensors, whose scales have a common mean).
     A host holds one tensor at a time, or rather its own rows of it: every device is given a share of the rows, cut
     over all axes of the mesh as far as they divide them, and passes on to the others what is theirs. So the hosts
     together read each tensor once, in whole rows, however it is sharded in the end.
@@ -138,6 +150,11 @@ def place_weights(config: ModelConfig, table: Table, shardings, dtypes) -> Param
     with reading("reading weights", table.values()) as read:
         for rule in weight_rules(config):
             sharding, dtype = get_leaf(shardings, rule.path), get_leaf(dtypes, rule.path)
+            if isinstance(sharding, dict):
+                assert quantization is not None
+                leaf = _place_packed(config, table, rule, sharding, quantization, read)
+                set_leaf(params, rule.path, leaf)
+                continue
             rows = NamedSharding(sharding.mesh, _row_spec(rule, sharding.mesh))
             shape = (config.num_hidden_layers,) * rule.layered + rule.shape
             leaf = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
@@ -147,6 +164,55 @@ def place_weights(config: ModelConfig, table: Table, shardings, dtypes) -> Param
                 leaf.block_until_ready()  # else tensors that wait for their transfer pile up on the host
             set_leaf(params, rule.path, leaf)
     return params
+
+
+def _place_packed(config: ModelConfig, table: Table, rule: Rule, shardings, q: Quantization, read) -> Params:
+    """The parts of one packed kernel, all layers: as the table has them, or quantized."""
+    layout = Layout.of(rule.hf_shape, q)
+    leaves, puts = {}, {}
+    for part, (shape, dtype) in layout.shapes(q).items():
+        zeros = functools.partial(jnp.zeros, (config.num_hidden_layers, *shape), dtype)
+        leaves[part] = jax.jit(zeros, out_shardings=shardings[part])()
+        puts[part] = jax.jit(_put, donate_argnums=0, out_shardings=shardings[part])
+    for i, name in enumerate(rule.names(config.num_hidden_layers)):
+        for part, block in _read_packed(table[name], layout, q, shardings["codes"].mesh, read).items():
+            leaves[part] = puts[part](leaves[part], block, i)
+            leaves[part].block_until_ready()
+    return leaves
+
+
+def _read_packed(tensor: Tensor, layout: Layout, q: Quantization, mesh: Mesh, read) -> dict[str, jax.Array]:
+    """The parts of one tensor, cut over its rows as far as the mesh divides them."""
+    ways, axes = 1, []
+    for name, size in mesh.shape.items():
+        if layout.groups % (ways * size) == 0:
+            ways, axes = ways * size, [*axes, name]
+    assert tensor.quantization in (None, q), "bnb.agreed has refused what would be quantized twice"
+    array = None if tensor.packed else read(tensor)
+    whole = read(tensor, packed=True) if array is None else quantize(array, q) if q.nested else None
+
+    @functools.cache
+    def rows(start: int, stop: int) -> dict[str, np.ndarray]:
+        """The parts of some groups of rows, those that are cut."""
+        if whole is not None:
+            ours = layout.to_ours(whole, q)
+            return {part: ours[part][:, start:stop] for part in ("codes", "absmax")}
+        assert array is not None
+        count = len(array) // layout.groups
+        return Layout(stop - start, layout.size).to_ours(quantize(array[start * count : stop * count], q), q)
+
+    def part(name: str, shape: tuple[int, ...]) -> jax.Array:
+        def cut(index):
+            return rows(*index[1].indices(layout.groups)[:2])[name]
+
+        def all_of_it(index):
+            assert whole is not None
+            return layout.to_ours(whole, q)[name]
+
+        spec, get = (P(None, tuple(axes)), cut) if len(shape) == 2 else (P(), all_of_it)
+        return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), get)
+
+    return {name: part(name, shape) for name, (shape, _) in layout.shapes(q).items()}
 
 
 def _row_spec(rule: Rule, mesh: Mesh) -> P:

@@ -18,6 +18,7 @@ def table(found: dict[str, Any]) -> str:
     fits = "fits" if found["fits"] else "DOES NOT FIT"
     total, limit = found["hbm_bytes_per_device"] / GIB, found["hbm_limit_bytes"] / GIB
     flops, how = found["forward_flops"], f"remat {found['remat']}, chunks {found['chunks']}"
+    how += f", base in {found['base_quantization']}" if found["base_quantization"] != "none" else ""
     lines = [
         f"run         {found['seq_len']:,} tokens, {found['attention']}, {how}",
         f"devices     {found['devices']} of {found['topology']}, mesh {found['mesh']}",

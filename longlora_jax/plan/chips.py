@@ -27,12 +27,22 @@ TPUS = {
     "tpu7x": Chip("tpu7x", 94.75, 1153),
 }
 # Memory: 95% of what CUDA has, which a run gets by XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (without it, JAX takes 75%).
-# FLOP/s: dense, from NVIDIA's data sheets of the SXM modules.
+# FLOP/s: dense, bf16 summed in float32, from NVIDIA's data sheets (of the SXM modules) and papers on architectures.
 GPUS = {
     "a100-40gb": Chip("", 37.4, 312),
     "a100-80gb": Chip("", 75.1, 312),
     "h100": Chip("", 75.1, 989),
     "h200": Chip("", 132.7, 989),
+    "rtx3090": Chip("", 22.5, 71),
+    "rtx4090": Chip("", 22.4, 165),
+    "rtx5090": Chip("", 29.8, 209),
+    "l4": Chip("", 20.9, 121),
+    "l40s": Chip("", 42.2, 362),
+    "a10g": Chip("", 20.9, 70),
+    "a6000": Chip("", 45.1, 155),
+}
+_REFUSED = {
+    "v100": "it has no bfloat16, in which runs compute: take a GPU of NVIDIA's Ampere generation or a later one"
 }
 
 
@@ -52,6 +62,8 @@ def find_topology(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     if kind in GPUS and re.fullmatch(r"[1-9]\d*", shape):
         return Topology(GPUS[kind], int(shape), None)
+    if kind in _REFUSED:
+        raise UserError(f"topology {name!r}: {_REFUSED[kind]}, {', '.join(GPUS)}")
     if kind not in TPUS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
         raise UserError(
             f"topology {name!r} is not known: give one such as v5e:2x4 or v5p:2x2x1, of {', '.join(TPUS)}, "
@@ -72,8 +84,10 @@ def _tpus(name: str, kind: str, chips: int) -> list[Any]:
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
+    # libtpu takes a host to have four chips or more.
+    bounds = {"chips_per_host_bounds": (1, 1, 1)} if chips == 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{name} cannot be compiled for ({reason}): pip install libtpu, or another shape") from error

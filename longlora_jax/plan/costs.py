@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, TURNS, exchange
 from longlora_jax.config import Config
+from longlora_jax.model.codes import Quantization
 from longlora_jax.model.layers import patterns_of, windows_of
 from longlora_jax.model_config import ModelConfig
 from longlora_jax.training import run
@@ -58,9 +59,10 @@ def estimate(config: Config, mesh) -> dict[str, int]:
 
     What is held between steps is exact. block_inputs are what the backward pass keeps of every layer; working_set, what
     one block needs at its worst, in bytes a token; gathered, the weights of two layers, lm_head and the gradient of the
-    embedding. The constants 8, 11 and 8 are fitted to the compiler's counts in benchmarks/tpu_plans.json, which this
-    meets within a tenth; of remat `none` and `attention`, and of chunks, one count each was taken, which it meets
-    within 5%. float32 takes twice the activations of bfloat16.
+    embedding. Of a packed base the codes of two layers are gathered, and one layer is unpacked. The constants 8, 11 and
+    8 are fitted to the compiler's counts in benchmarks/tpu_plans.json, which this meets within a tenth; of remat `none`
+    and `attention`, and of chunks, one count each was taken, which it meets within 5%. float32 takes twice the
+    activations of bfloat16.
     """
     c = config.model
     assert c is not None
@@ -82,15 +84,25 @@ def estimate(config: Config, mesh) -> dict[str, int]:
         "none": layers * (12 * d + (2 * heads + 4 * c.intermediate_size) // tensor),
     }
     matrices = d * (heads + c.num_attention_heads * c.head_dim + _mlp_matrices(c) * c.intermediate_size)
+    packed = packed_bytes(config)
+    gathered = 2 * 2 * matrices if packed is None else (2 * packed + size) * matrices
     found = {
         "weights": held(frozen),
         "trainables": held(state.trainable),
         "optimizer": held(state.opt_state),
         "block_inputs": size * tokens * kept[config.remat],
         "working_set": size // 2 * tokens * ((8 * c.intermediate_size // tensor + 5 * d) // config.chunks + 6 * d),
-        "gathered": 2 * 2 * matrices // tensor + (2 + 4) * c.vocab_size * d // tensor,
+        "gathered": int(gathered) // tensor + (2 + 4) * c.vocab_size * d // tensor,
     }
     return found | {"total": sum(found.values())}
+
+
+def packed_bytes(config: Config) -> float | None:
+    """Bytes of a number of the blocks' matrices in a packed base: its code, and its share of a scale; else None."""
+    q = Quantization.of(config.base_quantization)
+    if q is None:
+        return None
+    return 1.0 if q.kind == "int8" else 0.5 + (1 if q.nested else 4) / q.block
 
 
 def host_bytes(config: Config, mesh) -> int:
@@ -106,6 +118,8 @@ def host_bytes(config: Config, mesh) -> int:
 def choose_remat(config: Config, mesh, limit: float) -> Config:
     """The config with the fastest remat that estimate() puts within SPARE of limit bytes a device, else offload."""
     for remat in FASTEST_FIRST:
+        if remat == "none" and config.chunks > 1 and config.base_quantization != "none":
+            continue  # see config.validate
         chosen = dataclasses.replace(config, remat=remat)
         if estimate(chosen, mesh)["total"] <= SPARE * limit:
             break
@@ -132,12 +146,12 @@ def resolve_remat(config: Config, mesh) -> Config:
 def sent(config: Config, mesh) -> list[dict[str, Any]]:
     """What a step sends by formula, as collectives.totals has it of a compiled one: [{"op", "axis", "bytes"}].
 
-    Bytes are those of the results on one device. For each part of an update: blocks' kernels are gathered layer by
-    layer, forward and again backward, lm_head once; looked-up embeddings go home and their gradients back; attention
-    exchanges what context_parallel says, forward, again for the backward pass, and as gradients; the other trainables'
-    gradients are summed. A tensor axis sums eight arrays of activations a layer (o, down; o again; the gradients of q,
-    k, v, gate and up) and two of embeddings; heads that XLA moves about over it are not counted, nor tokens and norms,
-    nor what chunks gather and exchange once more.
+    Bytes are those of the results on one device. For each part of an update: blocks' kernels, packed ones as they are,
+    are gathered layer by layer, forward and again backward, lm_head once; looked-up embeddings go home and their
+    gradients back; attention exchanges what context_parallel says, forward, again for the backward pass, and as
+    gradients; the other trainables' gradients are summed. A tensor axis sums eight arrays of activations a layer (o,
+    down; o again; the gradients of q, k, v, gate and up) and two of embeddings; heads that XLA moves about over it are
+    not counted, nor tokens and norms, nor what chunks gather and exchange once more.
     """
     c = config.model
     assert c is not None
@@ -148,6 +162,8 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
     heads, kv_heads = c.num_attention_heads * h // tensor, c.num_key_value_heads * h // tensor
     block = d * (2 * heads + 2 * kv_heads + _mlp_matrices(c) * c.intermediate_size // tensor)
     lm_head = d * c.vocab_size // tensor
+    packed = packed_bytes(config)
+    kernels = 2 * layers * block * (size if packed is None else packed)
     pattern = run.build_model(config).pattern
     rank = 0 if config.mode == "full" else config.lora.rank
     wide = {"q_proj": heads, "o_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
@@ -161,7 +177,7 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
         return {"op": op, "axis": "+".join(axes), "bytes": int(elements * bytes_each)} if axes and elements else None
 
     found = [
-        row("all-gather", ("fsdp", "context"), config.accumulation * (2 * layers * block + lm_head + tied)),
+        row("all-gather", ("fsdp", "context"), config.accumulation * (kernels + size * (lm_head + tied)), 1),
         row("all-to-all", ("fsdp", "context"), 2 * tokens * d),
         row("all-reduce", ("data", "fsdp", "context"), config.accumulation * (trained + tied), 4),
         row("all-reduce", ("tensor",), (8 * layers + 2) * tokens * d),

@@ -55,7 +55,7 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     text = _text(compiled) if compiled else ""
     windows = model.config.windows
     shares = [windows.count(window) / len(windows) for window in windows_of(model.config)]
-    shapes = abstract_params(model)
+    shapes = abstract_params(model.clone(quantization=None))
     mask = trainable.trainable_mask(shapes, config.mode)
     flops = forward_flops(config)
     tokens = config.batch_size * config.seq_len
@@ -68,6 +68,7 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
         "mesh": dict(mesh.shape),
         "seq_len": config.seq_len,
         "attention": str(model.pattern),
+        "base_quantization": config.base_quantization,
         "remat": config.remat,
         "chunks": config.chunks,
         "exchange": exchange(

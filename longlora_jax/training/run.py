@@ -24,12 +24,15 @@ from longlora_jax.data import (
 from longlora_jax.data.new_tokens import add_tokens, load_with_tokens
 from longlora_jax.errors import UserError
 from longlora_jax.model import trainable
+from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params, init_params, logical_axes
+from longlora_jax.model.quantized import is_packed
 from longlora_jax.parallel import sharding
 from longlora_jax.resilience.checkpoints import RunCheckpoints
 from longlora_jax.training import optim
 from longlora_jax.training.step import TrainState
 from longlora_jax.weights import hf, hub, load
+from longlora_jax.weights.base import kept_as
 from longlora_jax.weights.families import family_of
 from longlora_jax.weights.rules import with_rows
 
@@ -63,6 +66,7 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
         if config.model is not None:
             check_same_shape(config.model, base, config.init_from)
         config.model = base
+        config.base_quantization = kept_as(config)
     tokenizer = str(Path(config.data.tokenizer or config.init_from).absolute())
     if config.new_tokens:
         kept = Path(workdir, TOKENIZER).absolute()
@@ -243,6 +247,7 @@ def build_model(config: Config, mesh=None) -> Llama:
         mesh=mesh,
         chunks=config.chunks,
         neftune_alpha=config.neftune_alpha,
+        quantization=Quantization.of(config.base_quantization),
     )
 
 
@@ -295,11 +300,11 @@ def initial_state(config: Config, model: Llama, mesh):
     shardings = sharding.weight_shardings(mesh, logical_axes(model), shapes)
     mask = trainable.trainable_mask(shapes, config.mode)
     key = jax.random.PRNGKey(config.seed)
-    dtypes = jax.tree.map(lambda trains: _dtype(config, trains), mask)
+    dtypes = _dtypes(config, shapes, mask)
     if config.init_from:
         assert config.model is not None  # resolve() filled it
         table = with_rows(config.model, load.open_model(config.init_from).table)
-        base = sharding.place_weights(config.model, table, shardings, dtypes)
+        base = sharding.place_weights(config.model, table, shardings, dtypes, model.quantization)
         is_new = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("lora_"), shapes)
         fresh = trainable.partition(shardings, is_new)[0]
         adapters = jax.jit(lambda key: trainable.partition(init_params(model, key), is_new)[0], out_shardings=fresh)
@@ -324,8 +329,8 @@ def abstract_state(config: Config, model: Llama, mesh=None):
     """
     shapes = abstract_params(model)
     mask = trainable.trainable_mask(shapes, config.mode)
-    cast = lambda x, trains: jax.ShapeDtypeStruct(x.shape, _dtype(config, trains))  # noqa: E731
-    trains, frozen = trainable.partition(jax.tree.map(cast, shapes, mask), mask)
+    cast = jax.tree.map(lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype), shapes, _dtypes(config, shapes, mask))
+    trains, frozen = trainable.partition(cast, mask)
     state = jax.eval_shape(lambda t: _fresh_state(config, model, t), trains)
     if mesh is None:
         return state, frozen
@@ -350,8 +355,15 @@ def abstract_state(config: Config, model: Llama, mesh=None):
     return placed, jax.tree.map(put, frozen, where_frozen)
 
 
-def _dtype(config: Config, trains: bool):
-    return jnp.dtype(jnp.float32 if trains else config.dtype)
+def _dtypes(config: Config, shapes, mask):
+    """The dtype of every leaf: float32 of what trains, config.dtype of what is frozen, its own of what is packed."""
+
+    def one(path, shape, trains: bool):
+        if is_packed([key.key for key in path]):
+            return shape.dtype
+        return jnp.dtype(jnp.float32 if trains else config.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, mask)
 
 
 def _fresh_state(config: Config, model: Llama, trains) -> TrainState:

@@ -124,9 +124,22 @@ def config_faults(raw: Mapping[str, Any], kind: str = "llama") -> list[str]:
         faults.append(f"hidden_act is {shown(raw['hidden_act'])}, it must be one of {', '.join(ACTIVATIONS)}")
     elif kind in _SILU and ACTIVATIONS[raw["hidden_act"]] != "silu":
         faults.append(f"hidden_act is {shown(raw['hidden_act'])}, only silu is supported")
-    if raw.get("quantization_config"):
-        faults.append("the weights are quantized, give a folder in float32, bfloat16 or float16")
+    if raw.get("quantization_config") and (fault := _method_fault(raw["quantization_config"])):
+        faults.append(fault)
     return faults
+
+
+def _method_fault(settings: Any) -> str | None:
+    """Why a quantization_config is of weights that are not read; None if it is bitsandbytes' (see weights/bnb.py)."""
+    settings = settings if isinstance(settings, dict) else {}
+    method = settings.get("quant_method")
+    if method == "bitsandbytes" or (method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit"))):
+        return None
+    return (
+        f"the weights are quantized by {shown(method) if method else 'an unnamed method'}, and of quantized ones only "
+        "bitsandbytes' are read: give the folder in float32, bfloat16 or float16 that they were made of (in training "
+        "with base_quantization=nf4 where it must be small)"
+    )
 
 
 def family_faults(raw: Mapping[str, Any], kind: str) -> list[str]:

@@ -11,9 +11,10 @@ from longlora_jax.config import ModelConfig
 from longlora_jax.data.chat import GENERATION, ChatFormat, export_format, folder_format
 from longlora_jax.errors import UserError
 from longlora_jax.files import new_folder, one_line, read_json, refuse_pointer, write_json
+from longlora_jax.weights.bnb import unpacked
 from longlora_jax.weights.config_faults import TOKEN_IDS, refuse
 from longlora_jax.weights.habits import settle
-from longlora_jax.weights.hf_config import config_to_json, load_config
+from longlora_jax.weights.hf_config import config_to_json, is_quantized, load_config
 from longlora_jax.weights.layouts import to_theirs
 from longlora_jax.weights.rules import (
     Params,
@@ -60,10 +61,17 @@ def load_hf(folder: str, dtype: str | None = None) -> tuple[ModelConfig, Params]
 def open_hf(folder: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config and the tensors of a folder of safetensors (or of pytorch_model*.bin), not read yet.
 
+    What bitsandbytes quantized there is read dequantized (weights/bnb.py).
     All names, shapes and dtypes are checked against the config; every fault is named in one UserError.
     """
     config = load_config(folder)
     table, faults = _open_files(folder)
+    table, damaged = unpacked(table)
+    faults += damaged
+    if is_quantized(folder) and not faults and not any(tensor.quantization for tensor in table.values()):
+        faults.append(
+            "config.json says that the weights are quantized by bitsandbytes, and none is: take quantization_config out"
+        )
     complete = not faults
     table, odd = settle(config, table)
     if complete:

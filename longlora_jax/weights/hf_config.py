@@ -67,6 +67,11 @@ def load_config(folder: str) -> ModelConfig:
     return config
 
 
+def is_quantized(folder: str) -> bool:
+    """Whether a folder's config.json says that its weights are quantized."""
+    return bool(read_json(os.path.join(folder, "config.json")).get("quantization_config"))
+
+
 def one_form(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with one name for what has several: SYNONYMS, and Gemma 3's rope of each kind of layer."""
     raw = dict(raw)

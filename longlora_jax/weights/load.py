@@ -22,9 +22,11 @@ from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
 from longlora_jax.data.chat import ChatFormat, folder_format, run_format, save_format, saved_format
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line, read_json, write_json
+from longlora_jax.model.codes import Quantization
 from longlora_jax.model.lora import merge_lora
 from longlora_jax.model.trainable import combine
 from longlora_jax.weights import checksums, hf, hub
+from longlora_jax.weights.bnb import agreed
 from longlora_jax.weights.config_faults import refuse
 from longlora_jax.weights.converted import DIGESTS, is_converted, open_converted
 from longlora_jax.weights.rules import (
@@ -46,12 +48,16 @@ _FOLDERS = "a Hugging Face folder, a converted checkpoint or a workdir"
 
 @dataclass
 class LoadedModel:
-    """A model from disk: its config, params (adapters still apart, if lora is given), its tokenizer's folder."""
+    """A model from disk: its config, params (adapters still apart, if lora is given), its tokenizer's folder.
+
+    quantization: how the kernels in params are packed.
+    """
 
     config: ModelConfig
     params: Any
     lora: LoraConfig | None
     tokenizer_dir: str
+    quantization: Quantization | None = None
 
     def merged(self):
         """The params with every adapter folded into its kernel."""
@@ -174,13 +180,15 @@ def _damaged(folder: Path, fault: str) -> UserError:
 class OpenModel(NamedTuple):
     """A model on disk, not read yet: its config, its tensors with adapters merged, its tokenizer's folder.
 
-    workdir: that of the run that it comes from; "": it is in a folder of its own.
+    workdir: that of the run that it comes from; "": it is in a folder of its own. quantization: how the blocks'
+    matrices are to be kept on devices, None for plain ones.
     """
 
     config: ModelConfig
     table: dict[str, Tensor]
     tokenizer_dir: str
     workdir: str = ""
+    quantization: Quantization | None = None
 
     def chat_format(self) -> ChatFormat:
         """How it is asked and what ends its answers: what its run trained under, else what its folder says."""
@@ -201,7 +209,9 @@ def workdir_format(workdir: str) -> ChatFormat:
     return run_format((config.data, *config.mixture), config.init_from)
 
 
-def open_model(path: str, dtype: str | None = None, *, check: bool = False, base: str | None = None) -> OpenModel:
+def open_model(
+    path: str, dtype: str | None = None, *, check: bool = False, base: str | None = None, quantize: str = "none"
+) -> OpenModel:
     """Opens a Hugging Face folder (or a name of the hub), a converted checkpoint, or a checkpoint of a run.
 
     That is a workdir's newest one, or the one of WORKDIR/checkpoints/STEP; base: where the run's base lies by now.
@@ -209,7 +219,8 @@ def open_model(path: str, dtype: str | None = None, *, check: bool = False, base
     Adapters are merged when a tensor is read: summed in float32 and rounded once, to dtype (a key of DTYPES).
     None leaves every tensor in the dtype that it has on disk; what a run trained takes its base's.
     check: compare the tensors of a converted checkpoint with their digests when they are read, and the files of a
-    run's checkpoint with theirs now.
+    run's checkpoint with theirs now. quantize: nf4, int8 and so on keep the blocks' matrices so on devices, quantized
+    when they are read from the dtype that they have on disk.
     """
     path, step = split_step(hub.local_folder(path, what=_FOLDERS))
     if is_workdir(path):
@@ -218,16 +229,19 @@ def open_model(path: str, dtype: str | None = None, *, check: bool = False, base
         (config, table), tokenizer_dir = _open_params(path, check), path
     else:
         (config, table), tokenizer_dir = hf.open_hf(path), path
+    workdir = path if is_workdir(path) else ""
+    if quantize != "none":
+        return OpenModel(config, table, tokenizer_dir, workdir, agreed(config, table, quantize, path))
     if dtype:
         table = cast_table(table, lambda _: DTYPES[dtype])
-    return OpenModel(config, table, tokenizer_dir, path if is_workdir(path) else "")
+    return OpenModel(config, table, tokenizer_dir, workdir)
 
 
 def load_model(path: str) -> LoadedModel:
     """Loads whatever open_model opens into memory, the adapters of a workdir apart from their kernels."""
     path, step = split_step(hub.local_folder(path, what=_FOLDERS))
     if not is_workdir(path):
-        config, table, tokenizer_dir, _ = open_model(path)
+        config, table, tokenizer_dir = open_model(path)[:3]
         return LoadedModel(config, build_params(config, table), None, tokenizer_dir)
     config, model, trained = _open_run(path, step)
     base = _open_base(path, config)

@@ -34,6 +34,22 @@ model = AutoModelForCausalLM.from_pretrained({source}, config=config)
 model = PeftModel.from_pretrained(model, ".")
 ```
 """
+_PACKED = """
+In training the matrices of the base were in {name}. With the base as it is published the adapter computes nearly the \
+same; to load it as it was in training:
+
+```python
+from transformers import BitsAndBytesConfig
+
+quantization = BitsAndBytesConfig({options})
+model = AutoModelForCausalLM.from_pretrained({source}, config=config, quantization_config=quantization)
+```
+"""
+_OPTIONS = {
+    "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4"',
+    "fp4": 'load_in_4bit=True, bnb_4bit_quant_type="fp4"',
+    "int8": "load_in_8bit=True",
+}
 
 
 def save_peft(
@@ -46,6 +62,7 @@ def save_peft(
     tokenizer_from: str | None = None,
     chat: ChatFormat | None = None,
     adapters_only: bool = False,
+    quantization: str = "none",
 ) -> None:
     """Writes an adapter for PEFT 0.6 and later (rslora: 0.8); matrices in float32, other weights in their own dtype.
 
@@ -56,7 +73,8 @@ def save_peft(
     both. Of a tied model a trained embedding is written twice, once as lm_head, since PEFT would otherwise keep the
     base's embedding there; ensure_weight_tying, for which PEFT has it since 0.18, is unknown to older ones.
     adapters_only: leave out the weights that were trained whole, which few programs read from an adapter (llama.cpp and
-    vLLM do not); what is lost is said. chat: see hf.copy_tokenizer.
+    vLLM do not); what is lost is said. chat: see hf.copy_tokenizer. quantization: how the run kept its base
+    (config.base_quantization), which README.md tells.
     Raises UserError if the folder holds something, or if params do not fit config and lora.
     """
     refuse("this adapter cannot be saved", _leaf_faults(config, lora, params))
@@ -86,6 +104,10 @@ def save_peft(
         write_json(os.path.join(aside, "config.json"), own)
         with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as file:
             file.write(_README.format(base=name, source=source, window=config.max_position_embeddings))
+            if quantization != "none":
+                kind, _, nested = quantization.partition("_")
+                options = _OPTIONS[kind] + ", bnb_4bit_use_double_quant=True" * bool(nested)
+                file.write(_PACKED.format(name=quantization, options=options, source=source))
         write_safetensors(os.path.join(aside, WEIGHTS[0]), tensors, map(read, tensors.values()))
         if tokenizer_from is not None:
             hf.copy_tokenizer(tokenizer_from, aside, chat, window=config.max_position_embeddings)

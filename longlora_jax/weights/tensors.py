@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from longlora_jax.files import JSON_LIMIT, parse_json
+from longlora_jax.model.codes import Quantization
 from longlora_jax.progress import progress_bar
 
 DTYPES = {
@@ -25,6 +26,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+BYTES = {"U8": np.dtype(np.uint8), "I8": np.dtype(np.int8)}  # of packed weights; no model is in them
 SAFETENSORS = {"F32": DTYPES["float32"], "BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"]}
 _CODES = {dtype: code for code, dtype in SAFETENSORS.items()}
 _LONGEST = 4096  # no name or dtype in a header is longer
@@ -35,12 +37,15 @@ class Tensor(NamedTuple):
     """A tensor that is read when it is asked for.
 
     dtype: a numpy dtype, or the file's own word for one that models are not stored in. read() gives an array of
-    this shape and dtype, perhaps a read-only view of the file: then only the parts that are used are read.
+    this shape and dtype, perhaps a read-only view of the file: then only the parts that are used are read. packed()
+    gives a matrix that is quantized on the disk as its flat parts (model/codes.py), which read() dequantizes.
     """
 
     dtype: np.dtype | str
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    packed: Callable[[], dict[str, np.ndarray]] | None = None
+    quantization: Quantization | None = None
 
     @property
     def nbytes(self) -> int:
@@ -50,12 +55,16 @@ class Tensor(NamedTuple):
 
 
 @contextmanager
-def reading(label: str, tensors: Iterable[Tensor]) -> Iterator[Callable[[Tensor], np.ndarray]]:
-    """Gives read(tensor) -> array, which moves a progress bar over the bytes of all these tensors."""
+def reading(label: str, tensors: Iterable[Tensor]) -> Iterator[Callable[..., Any]]:
+    """Gives read(tensor) -> array, which moves a progress bar over the bytes of all these tensors.
+
+    read(tensor, packed=True) gives the parts of a tensor that has them.
+    """
     with progress_bar(sum(tensor.nbytes for tensor in tensors), label=label, unit="B") as bar:
 
-        def read(tensor: Tensor) -> np.ndarray:
-            array = tensor.read()
+        def read(tensor: Tensor, packed: bool = False) -> Any:
+            assert not packed or tensor.packed
+            array = tensor.packed() if packed and tensor.packed else tensor.read()
             bar.update(tensor.nbytes)
             return array
 
@@ -88,7 +97,8 @@ def open_safetensors(path: str) -> dict[str, Tensor]:
         dtype, shape, (start, end) = _entry(name, entry)
         if not 0 <= start <= end <= size - begin:
             raise ValueError(f"{name} lies at bytes {start} to {end} of {size - begin}")
-        if isinstance(dtype, np.dtype) and (end - start) != math.prod(shape) * dtype.itemsize:
+        kind = BYTES.get(dtype) if isinstance(dtype, str) else dtype
+        if kind is not None and (end - start) != math.prod(shape) * kind.itemsize:
             raise ValueError(f"{name} has {end - start} bytes, not those of {dtype} {list(shape)}")
         ranges.append((start, end, name))
         tensors[name] = Tensor(dtype, shape, _reader(path, begin + start, dtype, shape))
@@ -135,8 +145,9 @@ def _numbers(value: Any) -> tuple[int, ...] | None:
 
 def _reader(path: str, offset: int, dtype: np.dtype | str, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
-        assert isinstance(dtype, np.dtype), f"{path} holds {dtype}: refused before it is read"
-        return mapped(path, offset, dtype, shape)
+        kind = BYTES.get(dtype) if isinstance(dtype, str) else dtype
+        assert kind is not None, f"{path} holds {dtype}: refused before it is read"
+        return mapped(path, offset, kind, shape)
 
     return read
 

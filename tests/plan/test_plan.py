@@ -295,3 +295,37 @@ def test_a_plan_for_tpus_from_here():
         "fsdp", "context", "fsdp+context",
     }  # fmt: skip
     assert "fits" in command.table(found) and np.isfinite(found["hours"])
+
+
+@pytest.mark.parametrize("card, most", [("rtx3090", 22.5), ("rtx4090", 22.4)])
+def test_seven_billion_parameters_in_four_bits_fit_a_card_of_24_gb(card, most):
+    """Catches: a base that is counted in bfloat16, and codes that are counted as parameters."""
+    config = read_config("configs/7b_32k_nf4.py", [])
+    found = planner.plan(config, f"{card}:1")
+    assert (
+        found["fits"] and found["hbm_bytes_per_device"] < 22 * 2**30 and found["hbm_limit_bytes"] == int(most * 2**30)
+    )
+    assert found["parameters"] == 6_738_415_616
+    frozen = 6_738_415_616 - 131_072_000 - 32 * 2 * 4096 - 4096  # embedding and norms train
+    packed = (frozen - 131_072_000) * 4.5 / 8  # but lm_head
+    assert found["estimate"]["weights"] == packed + 2 * 131_072_000
+
+
+def test_what_is_gathered_of_a_packed_base_is_codes():
+    """Catches: a formula that sends kernels as if they were unpacked before."""
+    plain = read_config("configs/70b_32k_nf4.py", ["--config.base_quantization=none"])
+    sent = {}
+    for kind in ("none", "nf4", "nf4_double", "int8"):
+        config = dataclasses.replace(plain, base_quantization=kind)
+        config = dataclasses.replace(config, model=run.extend_model(config.model, config))
+        rows = costs.sent(config, abstract_mesh(config.mesh, 8))
+        sent[kind] = next(row["bytes"] for row in rows if row["op"] == "all-gather")
+    lm_head = 2 * 64 * 8192 * 32_000
+    for kind, bits in {"nf4": 4.5, "nf4_double": 4.125, "int8": 8}.items():
+        assert (sent[kind] - lm_head) / (sent["none"] - lm_head) == pytest.approx(bits / 16)
+
+
+def test_a_card_without_bfloat16_is_refused():
+    """Catches: a plan for a card that could not run it."""
+    with pytest.raises(UserError, match="v100:8': it has no bfloat16"):
+        planner.plan(read_config("configs/7b_32k_nf4.py", []), "v100:8")

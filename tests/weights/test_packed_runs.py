@@ -1,0 +1,88 @@
+"""Runs over a base in four bits, from training to what they give away: where adapters go, and what is said of it."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from runs import longlora
+
+import convert_weights
+from longlora_jax.config import EvalConfig
+from longlora_jax.evals import perplexity
+from longlora_jax.weights import load
+from longlora_jax.weights.hf import open_hf
+from longlora_jax.weights.rules import adapters_of
+
+needs_8 = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
+
+
+@pytest.fixture(scope="module")
+def packed_base(home, tmp_path_factory):
+    """home's base as bitsandbytes quantizes it, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("packed") / "base"
+    shutil.copytree(home / "base", folder)
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(home / "base", quantization_config=settings)
+    model.save_pretrained(folder)
+    return folder
+
+
+@needs_8
+@pytest.mark.parametrize("where", ["unquantized", "quantized"])
+def test_what_a_run_over_four_bits_gives_away(home, packed_base, train, tmp_path, capsys, where):
+    """Catches: adapters merged into a base that nobody published; a card that is silent on four bits; a run that says
+    of its base what it did not do; a second start that is refused."""
+    base = home / "base" if where == "unquantized" else packed_base
+    wanted = "nf4" if where == "unquantized" else "none"
+    config = longlora(home, init_from=str(base), base_quantization=wanted, steps=1, eval=EvalConfig())
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, full_last=0.0))
+    work = tmp_path / "work"
+    train(config, work)
+    assert json.loads((work / "config.json").read_text())["base_quantization"] == "nf4"
+    assert "matrices of the blocks in nf4" in capsys.readouterr().out
+    train(dataclasses.replace(config, steps=1), work)  # there is nothing left to do, and nothing is in its way
+
+    convert_weights.main(["to-hf", str(work), str(tmp_path / "hf")])
+    said = capsys.readouterr().out
+    assert ("in its own dtype" if where == "unquantized" else "dequantized, as it is quantized (nf4)") in said
+    run, trained = load.open_adapters(str(work))
+    assert not {"codes", "kernel"} & {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(trained)}
+    shape, exported = open_hf(str(tmp_path / "hf"))
+    _, published = open_hf(str(base))
+    adapters = adapters_of(shape, trained, run.lora.scale)
+    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
+        expected = published[name].read().astype(np.float32)
+        if name in adapters:
+            expected = expected + run.lora.scale * adapters[name].b @ adapters[name].a
+        np.testing.assert_allclose(exported[name].read(), expected, atol=1e-6)
+
+    convert_weights.main(["to-peft", str(work), str(tmp_path / "peft")])
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert "load_in_4bit=True" in card and 'bnb_4bit_quant_type="nf4"' in card
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+
+
+def test_perplexity_in_four_bits(home, tmp_path):
+    """Catches: --quantize that changes nothing, or everything; a folder in four bits that another path reads."""
+    found = {}
+    for how in ("none", "nf4", "int8"):
+        flags = [
+            "--model",
+            str(home / "base"),
+            "--data",
+            str(home / "text.txt"),
+            "--seq_len",
+            "16",
+            "--max_windows",
+            "4",
+        ]
+        flags += ["--json", str(tmp_path / f"{how}.json"), *(["--quantize", how] if how != "none" else [])]
+        perplexity.main(flags)
+        found[how] = json.loads((tmp_path / f"{how}.json").read_text())["results"][0]["nll"]
+    assert found["nf4"] != found["none"] != found["int8"]
+    np.testing.assert_allclose(found["int8"], found["none"], rtol=0.01)
+    np.testing.assert_allclose(found["nf4"], found["none"], rtol=0.2)
