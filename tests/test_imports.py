@@ -24,11 +24,12 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "config_file": (),
     "presets": (),
     "model": (
-        *("codes", "losses", "lora", "trainable", "on_mesh", "quantized", "linear", "layers", "cache", "decoder"),
+        *("codes", "losses", "lora", "trainable", "on_mesh", "quantized", "linear", "layers", "cache"),
+        *("declared", "decoder"),
     ),
     "data": None,
     "weights": (
-        *("checksums", "hub", "tensors", "torch_files", "families", "hf_rope", "config_faults"),
+        *("checksums", "hub", "tensors", "torch_files", "family_keys", "families", "hf_rope", "config_faults"),
         *("hf_config", "rules", "bnb", "layouts", "habits", "hf"),
         *("peft_files", "peft_layouts", "peft_export", "peft", "gguf_reader", "gguf_tokenizer", "gguf", "converted"),
         *("load", "base"),
@@ -47,7 +48,7 @@ WINGS = tuple(ORDER)
 WITHOUT_JAX = {
     *("data", "files", "progress", "model/codes"),
     *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "bnb", "hf")),
-    *(f"weights/{name}" for name in ("families", "config_faults", "layouts", "habits")),
+    *(f"weights/{name}" for name in ("family_keys", "families", "config_faults", "layouts", "habits")),
     *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_layouts", "peft_export", "peft")),
     *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf")),
 }

@@ -1,13 +1,12 @@
-"""The decoder in Flax, a LLaMA and what its relatives change in it: the only file that knows flax.linen.
+"""The decoder in Flax, a LLaMA and what its relatives change in it.
 
-What a family of models does otherwise are fields of ModelConfig, a LLaMA's values their defaults. One declaration per
-weight: its shape, logical axes and initializer stand where it is used; abstract parameters, shardings and real ones all
-follow from it (see `abstract_params`, `logical_axes`, `init_params`).
+What a family of models does otherwise are fields of ModelConfig, a LLaMA's values their defaults. Each weight is
+declared once (declared.py), where it is used here; abstract parameters, shardings and real ones all follow from that
+(see `abstract_params`, `logical_axes`, `init_params`).
 """
 
 import dataclasses
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,11 +18,11 @@ from longlora_jax.attention.context_parallel import HEADS, attend_on_mesh, const
 from longlora_jax.attention.kernels import keeps_cudnn
 from longlora_jax.attention.patterns import ABLATIONS, ALIKE, FULL, Pattern
 from longlora_jax.attention.rope import apply_rope
-from longlora_jax.model import quantized
 from longlora_jax.model.cache import Cache, attend_to_cache, cache_tables
 from longlora_jax.model.codes import Quantization
+from longlora_jax.model.declared import NormWeights, Projection, Weight
 from longlora_jax.model.layers import Kinds, frequencies_of, kinds_of, patterns_of, tables_of
-from longlora_jax.model.linear import FeedForward, Linear, Norm, head_chunks, over_heads, over_sequence
+from longlora_jax.model.linear import FeedForward, Norm, head_chunks, over_heads, over_sequence
 from longlora_jax.model.losses import output_logits
 from longlora_jax.model.on_mesh import embed_on_mesh, neftune_noise
 from longlora_jax.model_config import LoraConfig, ModelConfig
@@ -41,81 +40,6 @@ REMAT = {
         offload_dst="pinned_host",
     ),
 }
-
-
-def _declare(module: nn.Module, name: str, init_fn, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
-    """Declares a weight of a module; param unboxes what the initializer boxes, which flax's annotations miss."""
-    boxed = nn.with_logical_partitioning(init_fn, axes)
-    return module.param(name, boxed, shape)  # pyright: ignore[reportReturnType]
-
-
-class NormWeights(nn.Module):
-    """The weights of a Norm: a scale and, of a LayerNorm, a bias."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, *features: int) -> Norm:
-        c, axes = self.config, ("norm",) * len(features)
-        neutral = nn.initializers.zeros if c.norm == "rms_unit_offset" else nn.initializers.ones
-        scale = _declare(self, "scale", neutral, axes, features)
-        bias = _declare(self, "bias", nn.initializers.zeros, axes, features) if c.norm == "layer" else None
-        return Norm(scale, bias, eps=c.rms_norm_eps, kind=c.norm)
-
-
-class Projection(nn.Module):
-    """The weights of a Linear: a kernel [*in, *out] and, if this projection is a target, its adapter.
-
-    axes: logical names of the kernel's axes, the first `input_axes` of them read; features: sizes of *out;
-    quantization: how the kernel is packed.
-    """
-
-    features: tuple[int, ...]
-    axes: tuple[str, ...]
-    stddev: float
-    lora: LoraConfig | None
-    use_bias: bool = False
-    input_axes: int = 1
-    mesh: Mesh | None = None
-    quantization: Quantization | None = None
-
-    @nn.compact
-    def __call__(self, *inputs: int) -> Linear:
-        """inputs: sizes of *in."""
-        in_axes, out_axes, lora = self.axes[: self.input_axes], self.axes[self.input_axes :], self.lora
-        declare, key = functools.partial(_declare, self), None
-        shape = (*inputs, *self.features)
-        if self.quantization is None:
-            kernel = declare("kernel", nn.initializers.normal(self.stddev), self.axes, shape)
-        else:
-            kernel = self._packed(shape, (in_axes[0], out_axes[0]))
-        bias = declare("bias", nn.initializers.zeros, out_axes, self.features) if self.use_bias else None
-        lora_a = lora_b = None
-        if lora is not None and self.name in lora.targets:
-            # Kaiming uniform with a = sqrt(5), as PEFT and the LoRA authors' code: U(-1/sqrt(in), 1/sqrt(in)).
-            read = tuple(range(self.input_axes))
-            random = nn.initializers.variance_scaling(
-                1 / 3, "fan_in", "uniform", in_axis=read, out_axis=self.input_axes
-            )
-            lora_a = declare("lora_a", random, (*in_axes, "rank"), (*inputs, lora.rank))
-            lora_b = declare("lora_b", nn.initializers.zeros, ("rank", *out_axes), (lora.rank, *self.features))
-            key = self.make_rng("dropout") if lora.dropout and self.has_rng("dropout") else None
-        return Linear(
-            kernel,
-            bias,
-            lora_a,
-            lora_b,
-            key,
-            input_axes=self.input_axes,
-            scale=lora.scale if lora else 0.0,
-            dropout=lora.dropout if lora else 0.0,
-            merge=self.mesh is None or self.mesh.shape["context"] == 1,
-        )
-
-    def _packed(self, shape: tuple[int, ...], names: tuple[str, str]) -> quantized.Quantized:
-        assert self.quantization is not None
-        parts: Any = self.param("kernel", quantized.declare(shape, self.input_axes, names, self.quantization))
-        return quantized.Quantized(parts, shape, self.input_axes, self.quantization, names, self.mesh)
 
 
 class Attention(nn.Module):
@@ -275,7 +199,7 @@ class Llama(nn.Module):
     def setup(self):
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
-        self.embed_tokens = _Weight("embedding", (c.vocab_size, c.hidden_size), ("vocab", "embed"), normal)
+        self.embed_tokens = Weight("embedding", (c.vocab_size, c.hidden_size), ("vocab", "embed"), normal)
         block = Block
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
@@ -290,7 +214,7 @@ class Llama(nn.Module):
         self.layers = scan(c, self.lora, self.pattern, self.mesh, self.chunks, self.quantization)
         self.norm = NormWeights(c)
         if not c.tie_word_embeddings:
-            self.lm_head = _Weight("kernel", (c.hidden_size, c.vocab_size), ("embed", "vocab"), normal)
+            self.lm_head = Weight("kernel", (c.hidden_size, c.vocab_size), ("embed", "vocab"), normal)
 
     def hidden(self, tokens, positions=None, segment_ids=None, cache: Cache | None = None):
         """tokens, positions, segment_ids: [B, T] int32; positions default to 0..T-1. Returns [B, T, D], normed (and
@@ -325,19 +249,6 @@ class Llama(nn.Module):
         kernel = self.embed_tokens().T if self.config.tie_word_embeddings else self.lm_head()
         logits = output_logits(x, kernel, self.config.final_logit_softcapping)
         return logits if cache is None else (logits, cache)
-
-
-class _Weight(nn.Module):
-    """One bare array."""
-
-    leaf: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    init_fn: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self):
-        return _declare(self, self.leaf, self.init_fn, self.axes, self.shape)
 
 
 def _boxed_init(model: Llama, key):

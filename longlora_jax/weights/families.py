@@ -4,14 +4,30 @@ All are the same decoder (model/decoder.py) with other fields of ModelConfig. To
 it stores weights under other names or several in one, its row says so too (weights/layouts.py does the rest).
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from longlora_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig
-
-Raw = dict[str, Any]
+from longlora_jax.model_config import ModelConfig
+from longlora_jax.weights.family_keys import (
+    Raw,
+    all_sliding,
+    partial_rotary,
+    reads_gemma,
+    reads_gemma2,
+    reads_gemma3,
+    reads_phi3,
+    reads_smollm3,
+    reads_stablelm,
+    upper_layers_slide,
+    writes_all_sliding,
+    writes_gemma2,
+    writes_gemma3,
+    writes_gpt_neox,
+    writes_phi3,
+    writes_smollm3,
+    writes_stablelm,
+    writes_upper_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -71,141 +87,7 @@ _COMMON: Raw = {
 }
 
 
-def _sliding(raw: Raw, window: Any, kinds: list[str]) -> Raw:
-    """sliding_window and layer_types; a window that never cuts anything off is none."""
-    if window is None or SLIDING_ATTENTION not in kinds:
-        return {}
-    return {"sliding_window": window, "layer_types": tuple(kinds)}
-
-
-def _all_sliding(raw: Raw) -> Raw:
-    window = raw.get("sliding_window")
-    if window is None or window >= raw["max_position_embeddings"]:
-        return {}
-    return _sliding(raw, window, [SLIDING_ATTENTION] * raw["num_hidden_layers"])
-
-
-def _writes_all_sliding(config: ModelConfig) -> Raw:
-    return {"sliding_window": config.sliding_window}
-
-
-def _upper_layers_slide(raw: Raw) -> Raw:
-    """Qwen's: the first max_window_layers have full attention."""
-    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
-    first = raw.get("max_window_layers", 28)
-    kinds = [SLIDING_ATTENTION if i >= first else FULL_ATTENTION for i in range(raw["num_hidden_layers"])]
-    return _sliding(raw, window, raw.get("layer_types") or kinds)
-
-
-def _writes_layer_types(config: ModelConfig) -> Raw:
-    sliding = SLIDING_ATTENTION in config.layer_types
-    kinds = list(config.layer_types) or [FULL_ATTENTION] * config.num_hidden_layers
-    return {"sliding_window": config.sliding_window, "layer_types": kinds, "use_sliding_window": sliding}
-
-
-def _writes_upper_layers(config: ModelConfig) -> Raw:
-    kinds = _writes_layer_types(config)
-    first = kinds["layer_types"].index(SLIDING_ATTENTION) if kinds["use_sliding_window"] else config.num_hidden_layers
-    return kinds | {"max_window_layers": first}
-
-
-def _reads_phi3(raw: Raw) -> Raw:
-    return _all_sliding(raw) | _partial_rotary(raw)
-
-
-def _writes_phi3(config: ModelConfig) -> Raw:
-    return _writes_all_sliding(config) | {"partial_rotary_factor": config.partial_rotary_factor}
-
-
-def _partial_rotary(raw: Raw) -> Raw:
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    given = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    return {} if given is None else {"partial_rotary_factor": float(given)}
-
-
-def _reads_smollm3(raw: Raw) -> Raw:
-    layers, every = raw["num_hidden_layers"], raw.get("no_rope_layer_interval", 4)
-    rotated = raw.get("no_rope_layers") or [int((i + 1) % every != 0) for i in range(layers)]
-    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
-    kinds = raw.get("layer_types") or [
-        FULL_ATTENTION if has_rope or not window else SLIDING_ATTENTION for has_rope in rotated
-    ]
-    return {"no_rope_layers": () if all(rotated) else tuple(rotated)} | _sliding(raw, window, kinds)
-
-
-def _writes_smollm3(config: ModelConfig) -> Raw:
-    rotated = list(config.no_rope_layers) or [1] * config.num_hidden_layers
-    return _writes_layer_types(config) | {"no_rope_layers": rotated}
-
-
 _GRANITE = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-
-
-def _reads_gemma(raw: Raw) -> Raw:
-    return {"embedding_multiplier": math.sqrt(raw["hidden_size"])}
-
-
-def _reads_gemma2(raw: Raw) -> Raw:
-    layers, every = raw["num_hidden_layers"], 2
-    kinds = raw.get("layer_types") or [SLIDING_ATTENTION if (i + 1) % every else FULL_ATTENTION for i in range(layers)]
-    return _reads_gemma(raw) | _query_scale(raw) | _sliding(raw, raw.get("sliding_window"), kinds)
-
-
-def _query_scale(raw: Raw) -> Raw:
-    scalar = raw["query_pre_attn_scalar"]
-    return {"attention_multiplier": None if scalar == raw["head_dim"] else scalar**-0.5}
-
-
-def _writes_gemma2(config: ModelConfig) -> Raw:
-    kinds = _writes_layer_types(config)
-    scalar = config.head_dim if config.attention_multiplier is None else config.attention_multiplier**-2
-    whole = round(scalar)
-    return {
-        "hidden_activation": config.hidden_act,
-        "query_pre_attn_scalar": whole if math.isclose(whole, scalar) else scalar,
-        "sliding_window": kinds["sliding_window"] or config.max_position_embeddings,
-        "layer_types": kinds["layer_types"],
-    }
-
-
-def _reads_gemma3(raw: Raw) -> Raw:
-    layers, every = (
-        raw["num_hidden_layers"],
-        raw.get("sliding_window_pattern") or raw.get("_sliding_window_pattern") or 6,
-    )
-    kinds = raw.get("layer_types") or [SLIDING_ATTENTION if (i + 1) % every else FULL_ATTENTION for i in range(layers)]
-    windows = _sliding(raw, raw.get("sliding_window"), kinds)
-    local = {"rope_local_base_freq": float(raw["rope_local_base_freq"])} if windows else {}
-    return _reads_gemma(raw) | _query_scale(raw) | windows | local
-
-
-def _writes_gemma3(config: ModelConfig) -> Raw:
-    return _writes_gemma2(config) | {"rope_local_base_freq": config.rope_local_base_freq or config.rope_theta}
-
-
-def _reads_stablelm(raw: Raw) -> Raw:
-    return {"qkv_bias": raw["use_qkv_bias"]} | _partial_rotary(raw)
-
-
-def _writes_stablelm(config: ModelConfig) -> Raw:
-    return {
-        "layer_norm_eps": config.rms_norm_eps,
-        "use_qkv_bias": config.qkv_bias,
-        "partial_rotary_factor": config.partial_rotary_factor,
-        "qk_layernorm": False,
-        "use_parallel_residual": False,
-    }
-
-
-def _writes_gpt_neox(config: ModelConfig) -> Raw:
-    return {
-        "layer_norm_eps": config.rms_norm_eps,
-        "rotary_pct": config.partial_rotary_factor,
-        "rotary_emb_base": config.rope_theta,
-        "partial_rotary_factor": config.partial_rotary_factor,
-    }
-
-
 _GEMMA_DEFAULTS: Raw = {
     "max_position_embeddings": 8192,
     "hidden_act": "gelu_pytorch_tanh",
@@ -224,16 +106,16 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         "MistralForCausalLM",
         {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-        reads=_all_sliding,
-        writes=_writes_all_sliding,
+        reads=all_sliding,
+        writes=writes_all_sliding,
         known=("sliding_window",),
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
         _QWEN_DEFAULTS,
         always={"qkv_bias": True},
-        reads=_upper_layers_slide,
-        writes=_writes_upper_layers,
+        reads=upper_layers_slide,
+        writes=writes_upper_layers,
         known=_WINDOWS,
         rope_type="yarn",
     ),
@@ -242,8 +124,8 @@ FAMILIES: dict[str, Family] = {
         _QWEN_DEFAULTS | {"head_dim": 128},
         always={"qk_norm": "head"},
         same=("attention_bias",),
-        reads=_upper_layers_slide,
-        writes=_writes_upper_layers,
+        reads=upper_layers_slide,
+        writes=writes_upper_layers,
         known=_WINDOWS,
         rope_type="yarn",
     ),
@@ -253,8 +135,8 @@ FAMILIES: dict[str, Family] = {
             **{"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "eos_token_id": 32000, "pad_token_id": 32000},
             "partial_rotary_factor": 1.0,
         },
-        reads=_reads_phi3,
-        writes=_writes_phi3,
+        reads=reads_phi3,
+        writes=writes_phi3,
         known=("sliding_window", "partial_rotary_factor"),
         fused=(
             Fused("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -269,8 +151,8 @@ FAMILIES: dict[str, Family] = {
             **{"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004},
         },
         same=BIASES,
-        reads=_reads_smollm3,
-        writes=_writes_smollm3,
+        reads=reads_smollm3,
+        writes=writes_smollm3,
         known=(*_WINDOWS, "no_rope_layers", "no_rope_layer_interval"),
     ),
     "olmo2": Family(
@@ -290,7 +172,7 @@ FAMILIES: dict[str, Family] = {
         _GEMMA_DEFAULTS,
         always={"norm": "rms_unit_offset"},
         same=("attention_bias",),
-        reads=_reads_gemma,
+        reads=reads_gemma,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -301,8 +183,8 @@ FAMILIES: dict[str, Family] = {
         },
         always=_GEMMA2,
         same=("attention_bias", "final_logit_softcapping", "attn_logit_softcapping"),
-        reads=_reads_gemma2,
-        writes=_writes_gemma2,
+        reads=reads_gemma2,
+        writes=writes_gemma2,
         known=(*_WINDOWS, "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
     ),
     "gemma3_text": Family(
@@ -314,8 +196,8 @@ FAMILIES: dict[str, Family] = {
         },
         always=_GEMMA2 | {"qk_norm": "head"},
         same=("attention_bias",),
-        reads=_reads_gemma3,
-        writes=_writes_gemma3,
+        reads=reads_gemma3,
+        writes=writes_gemma3,
         known=(*_WINDOWS, "query_pre_attn_scalar"),
     ),
     "stablelm": Family(
@@ -325,8 +207,8 @@ FAMILIES: dict[str, Family] = {
             **{"use_qkv_bias": False, "bos_token_id": 0, "eos_token_id": 0},
         },
         always={"norm": "layer"},
-        reads=_reads_stablelm,
-        writes=_writes_stablelm,
+        reads=reads_stablelm,
+        writes=writes_stablelm,
         known=("partial_rotary_factor",),
     ),
     "gpt_neox": Family(
@@ -337,8 +219,8 @@ FAMILIES: dict[str, Family] = {
         },
         always={"norm": "layer", "gated_mlp": False, "mlp_bias": True},
         same=("attention_bias", "use_parallel_residual"),
-        reads=_partial_rotary,
-        writes=_writes_gpt_neox,
+        reads=partial_rotary,
+        writes=writes_gpt_neox,
         known=("partial_rotary_factor", "use_parallel_residual"),
         renames={
             "model.embed_tokens": "gpt_neox.embed_in",
