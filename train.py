@@ -27,7 +27,7 @@ from longlora_jax.errors import UserError, in_plain_words
 from longlora_jax.model import trainable
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.parallel import distributed, sharding
-from longlora_jax.plan import costs
+from longlora_jax.plan import costs, meshes
 from longlora_jax.progress import progress_bar
 from longlora_jax.resilience import versions
 from longlora_jax.resilience.checkpoints import Best, RunCheckpoints
@@ -59,6 +59,8 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
     config, resumed = run.resolve(config, workdir)
     metrics.check_wandb(config.wandb)
     distributed.check_same("config", lambda: dataclasses.asdict(config))
+    config = meshes.resolve_mesh(config)
+    distributed.check_same("mesh", lambda: {"mesh.auto (the memory of its devices)": dataclasses.asdict(config.mesh)})
     mesh = sharding.make_mesh(config.mesh)
     config = costs.resolve_remat(config, mesh)
     distributed.check_same("remat", lambda: {"remat=auto (the memory of its devices)": config.remat})

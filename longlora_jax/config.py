@@ -65,12 +65,17 @@ class OptimConfig:
 
 @dataclass
 class MeshConfig:
-    """Devices along each axis of the mesh; -1 takes what is left."""
+    """Devices along each axis of the mesh; -1 takes what is left.
+
+    auto: where no axis is set, rows are cut over all devices if that divides and fits, and else the sequence as well
+    (plan/meshes.py); False: the sizes are taken as they are.
+    """
 
     data: int = 1  # rows
     fsdp: int = -1  # rows, and a share of the weights
     context: int = 1  # the sequence, and a share of the weights
     tensor: int = 1  # heads and features
+    auto: bool = True
 
 
 @dataclass

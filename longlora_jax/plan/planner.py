@@ -24,6 +24,7 @@ from longlora_jax.parallel import sharding
 from longlora_jax.plan.chips import GIB, Topology, find_topology
 from longlora_jax.plan.collectives import collectives, totals
 from longlora_jax.plan.costs import choose_remat, estimate, forward_flops, host_bytes, sent, step_flops
+from longlora_jax.plan.meshes import choose_mesh
 from longlora_jax.training import run
 from longlora_jax.training.step import compile_train_step
 from longlora_jax.weights.hf_config import load_config
@@ -39,8 +40,9 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     validate(config)
     config = dataclasses.replace(config, model=_extended(config))
     found = find_topology(topology)
+    limit = int(found.chip.memory_gib * GIB)
+    config, _ = choose_mesh(config, found.count, limit)
     chip, mesh = found.chip, _mesh(config, found)
-    limit = int(chip.memory_gib * GIB)
     if config.remat == "auto":
         config = choose_remat(config, mesh, limit)
     model = run.build_model(config, mesh)

@@ -269,7 +269,7 @@ def test_what_cannot_be_planned_is_one_line(tmp_path):
         with pytest.raises(UserError, match=f"topology '{topology}' is not known: give one such as .* or h100:8"):
             command.main(["--config", "configs/7b_32k.py", "--topology", topology])
     with pytest.raises(UserError, match="8 rows a step cannot be cut over data x fsdp = 16 devices"):
-        command.main(["--config", "configs/7b_32k.py", "--topology", "h100:16"])
+        command.main(["--config", "configs/7b_32k.py", "--topology", "h100:16", "--config.mesh.auto=False"])
     with pytest.raises(UserError, match="seq_len=32764 is not a multiple of mesh.context=8"):
         words = ["--config.seq_len=32764", "--config.mesh.context=8", "--config.mesh.fsdp=1"]
         command.main(["--config", "configs/7b_32k.py", "--topology", "h100:8", *words])
