@@ -35,6 +35,8 @@ ORDER: dict[str, tuple[str, ...] | None] = {
             "peft",
             "gguf_reader",
             "gguf_tokenizer",
+            "gguf_families",
+            "gguf_config",
             "gguf",
             "converted",
             "load",
@@ -56,7 +58,7 @@ WITHOUT_JAX = {
     *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "hf")),
     *(f"weights/{name}" for name in ("families", "config_faults", "layouts", "habits")),
     *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_layouts", "peft_export", "peft")),
-    *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf")),
+    *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf_families", "gguf_config", "gguf")),
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
