@@ -96,8 +96,10 @@ def read_config(meta: Metadata, shapes: Shapes, divisors: Divisors) -> ModelConf
     # 0 is llama.cpp's word for "not set".
     given = {name: number(key) for key, name in arch.numbers.items() if meta.own(key)}
     raw |= {"attention_multiplier": head_dim**-0.5, "sliding_window": None} | arch.defaults | given
+    switches = {key: meta.own(key) for key in arch.switches}
+    faults += [f"{meta.key(k)} is {v!r}, it must be true or false" for k, v in switches.items() if v is None]
     refuse(meta.path, faults)
-    raw |= arch.reads(meta.own, raw)
+    raw |= switches | arch.reads(meta.own, raw)
     raw["sliding_window"] = raw["sliding_window"] and int(raw["sliding_window"])
     refuse(meta.path, config_faults(raw, kind))
     refuse(meta.path, family_faults(raw, kind) + _lacking(arch, shapes, raw["num_hidden_layers"]))
@@ -125,7 +127,7 @@ def _foreign(meta: Metadata, arch: Architecture, head_dim: int, window: int) -> 
         faults.append(f"its window slides ({meta.key(_WINDOW)} is {slides}), that is not supported")
     neutral = NEUTRAL | {SCALE_OF_HEAD: head_dim**-0.5} | arch.neutral
     for key, usual in neutral.items():
-        value = None if key in arch.numbers or key in arch.known else meta.own(key)
+        value = None if key in (*arch.numbers, *arch.switches, *arch.known) else meta.own(key)
         if not _is_neutral(value, usual):
             faults.append(f"{meta.key(key)} is {shown(value)}: it makes another architecture of a {arch.model_type}")
     return faults

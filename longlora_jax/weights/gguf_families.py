@@ -27,9 +27,9 @@ class Architecture:
     neighbours of a head, for which the converter has reordered their rows. offset: what it has added to the scales of
     all norms. names: parts of a block otherwise than LLaMA's, {theirs: ours}. epsilon: the key of the norms' epsilon.
     numbers: keys that hold numbers of config.json, {key: config.json's name}, 0 meaning "not set"; defaults: what these
-    are where the file does not say. reads(own, raw) gives further keys of config.json; known: the keys that it takes
-    care of, or that say nothing. neutral: as NEUTRAL, of this architecture alone. needs: parts that every block has,
-    and what a model without them is.
+    are where the file does not say. switches: keys that must say true or false, as config.json calls them.
+    reads(own, raw) gives further keys of config.json; known: the keys that it takes care of, or that say nothing.
+    neutral: as NEUTRAL, of this architecture alone. needs: parts that every block has, and what a model without them is.
     """
 
     model_type: str
@@ -39,6 +39,7 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=dict)
     epsilon: str = "attention.layer_norm_rms_epsilon"
     numbers: Mapping[str, str] = field(default_factory=dict)
+    switches: tuple[str, ...] = ()
     defaults: Raw = field(default_factory=dict)
     reads: Callable[[Own, Raw], Raw] = _nothing
     known: tuple[str, ...] = ()
@@ -116,10 +117,6 @@ def _reads_gemma3(own: Own, raw: Raw) -> Raw:
     return {"layer_types": kinds} | _query_scalar(raw, 62)
 
 
-def _reads_gptneox(own: Own, raw: Raw) -> Raw:
-    return {"use_parallel_residual": own("use_parallel_residual")}
-
-
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", windowed="mistral", pairs=True, numbers={_WINDOW: "sliding_window"}),
     "smollm3": Architecture("smollm3", pairs=True),
@@ -170,7 +167,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gptneox": Architecture(
         "gpt_neox",
         epsilon="attention.layer_norm_epsilon",
-        reads=_reads_gptneox,
-        known=("use_parallel_residual",),
+        switches=("use_parallel_residual",),
     ),
 }
