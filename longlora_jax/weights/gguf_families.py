@@ -29,7 +29,7 @@ class Architecture:
     numbers: keys that hold numbers of config.json, {key: config.json's name}, 0 meaning "not set"; defaults: what these
     are where the file does not say. switches: keys that must say true or false, as config.json calls them.
     reads(own, raw) gives further keys of config.json; known: the keys that it takes care of, or that say nothing.
-    neutral: as NEUTRAL, of this architecture alone. needs: parts that every block has, and what a model without them is.
+    neutral: as NEUTRAL, of this architecture alone. needs: what every block has, and what a model without it is.
     """
 
     model_type: str

@@ -316,6 +316,12 @@ def test_pre_tokenizers_cut_as_llama_cpp_does(tmp_path):
         "smollm": ["a", "1", "2", "3", "4", "Ġb", ".."],
         "gpt-2": ["a", "1234", "Ġb", ".."],
         "llama-bpe": ["a", "123", "4", "Ġb", ".."],
+        "smaug-bpe": ["a", "123", "4", "Ġb", ".."],
+        "qwen2": ["a", "1", "2", "3", "4", "Ġb", ".."],
+        "refact": ["a", "1", "2", "3", "4", "Ġb", ".."],
+        "olmo": ["a", "1234", "Ġb", ".."],
+        "gpt-4o": ["a", "123", "4", "Ġb", ".."],
+        "tekken": ["a", "1", "2", "3", "4", "Ġb", ".."],
         "default": ["a", "123", "4", "Ġb", ".."],
         None: ["a", "123", "4", "Ġb", ".."],
     }
@@ -323,16 +329,16 @@ def test_pre_tokenizers_cut_as_llama_cpp_does(tmp_path):
         keys = {"model": "gpt2", "pre": name, "tokens": tokens, "merges": merges}
         ours, _ = tokenizer_of(tmp_path, **keys)
         assert [t for t, _ in ours.pre_tokenizer.pre_tokenize_str("a1234 b..")] == expected, name
-    with pytest.raises(UserError, match="tokenizer.ggml.pre is 'qwen2'"):
-        tokenizer_of(tmp_path, model="gpt2", pre="qwen2", tokens=tokens, merges=merges)
+    with pytest.raises(UserError, match="tokenizer.ggml.pre is 'viking'"):
+        tokenizer_of(tmp_path, model="gpt2", pre="viking", tokens=tokens, merges=merges)
     with pytest.raises(UserError, match="tokenizer.ggml.model is 'bert'"):
         tokenizer_of(tmp_path, model="bert", tokens=tokens)
 
 
-def sentencepiece_ids(text, tokens, scores):
+def sentencepiece_ids(text, tokens, scores, prefix="▁"):
     """SentencePiece's own rule: merge the pair with the best score, the leftmost of equals."""
     ids = {token: i for i, token in enumerate(tokens)}
-    pieces = list(("▁" + text).replace(" ", "▁"))
+    pieces = list((prefix + text).replace(" ", "▁"))
     while True:
         pairs = [a + b for a, b in zip(pieces, pieces[1:], strict=False)]
         known = [(-scores[ids[p]], at) for at, p in enumerate(pairs) if p in ids]
