@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command(
         from_gguf,
-        ("file", "GGUF file of llama.cpp's `llama` architecture"),
+        ("file", "GGUF file of llama.cpp, of one of the families that are read (docs/weights.md)"),
         "out",
         "GGUF file -> converted checkpoint with tokenizer, dequantized.",
     ).add_argument(

@@ -31,8 +31,8 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "weights": (
         *("checksums", "hub", "tensors", "torch_files", "family_keys", "families", "hf_rope", "config_faults"),
         *("hf_config", "rules", "bnb", "layouts", "habits", "hf"),
-        *("peft_files", "peft_layouts", "peft_export", "peft", "gguf_reader", "gguf_tokenizer", "gguf", "converted"),
-        *("load", "base"),
+        *("peft_files", "peft_layouts", "peft_export", "peft"),
+        *("gguf_reader", "gguf_tokenizer", "gguf_families", "gguf_config", "gguf", "converted", "load", "base"),
     ),
     "parallel": ("rendezvous", "sharding", "distributed"),
     "generate": ("session", "generation", "__main__"),
@@ -50,7 +50,7 @@ WITHOUT_JAX = {
     *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "bnb", "hf")),
     *(f"weights/{name}" for name in ("family_keys", "families", "config_faults", "layouts", "habits")),
     *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_layouts", "peft_export", "peft")),
-    *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf")),
+    *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf_families", "gguf_config", "gguf")),
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

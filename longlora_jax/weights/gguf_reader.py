@@ -17,6 +17,11 @@ from longlora_jax.files import one_line, refuse_pointer
 from longlora_jax.weights.config_faults import refuse
 
 _MOST_VALUES = 2_000_000  # in a header, each some 600 bytes of memory; Llama 3 has 950,000: words, lengths, types
+# Types of the values that are used as they are; a key of an architecture stands here without its name.
+_WORDS = ("general.architecture", "rope.scaling.type", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+_NUMBERS = ("expert_count", "attention.sliding_window", "rope.scale_linear", "rope.freq_base_swa")
+_LISTS = {"tokens": str, "merges": str, "scores": float, "token_type": int}
+_LONGEST_WORD = 4096
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 _MOST_PARTS = 10_000
 
@@ -55,6 +60,58 @@ def open_parts(path: str) -> tuple[GGUFReader, list[ReaderTensor]]:
         faults.append(f"its parts have {len(tensors)} tensors, not {total}: fetch them again")
     refuse(path, faults)
     return readers[0], tensors
+
+
+class Metadata:
+    """The keys of a file, each of the type that it promises; raises UserError where one is not."""
+
+    def __init__(self, path: str, reader: GGUFReader) -> None:
+        self.path, self._reader = path, reader
+        self.architecture: str = self.read("general.architecture", "")
+
+    def key(self, name: str) -> str:
+        """The full name of a key of the architecture."""
+        return f"{self.architecture}.{name}"
+
+    def own(self, name: str, default: Any = None) -> Any:
+        """The value of a key of the architecture, given without its name."""
+        return self.read(self.key(name), default)
+
+    def read(self, key: str, default: Any = None) -> Any:
+        """The value of a key given in full."""
+        field = self._reader.get_field(key)
+        if field is None:
+            return default
+        try:
+            value = field.contents()
+        except UnicodeDecodeError:
+            value = math.nan
+        name = key if key.startswith(("general.", "tokenizer.")) else key.removeprefix(self.key(""))
+        if not _fits(name, value):
+            refuse(self.path, [f"{key} is of the wrong type, or no text in UTF-8"])
+        return value
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a value is of the type that is promised by its key."""
+    if key in _WORDS or key == "tokenizer.chat_template":
+        return isinstance(value, str)
+    if key.startswith("tokenizer.ggml.add_") or key == "use_parallel_residual":
+        return isinstance(value, bool)
+    if key.endswith("_token_id"):
+        return type(value) is int and value >= 0
+    if kind := _LISTS.get(key.removeprefix("tokenizer.ggml.")):
+        right = isinstance(value, list) and all(type(item) is kind for item in value)
+        return right and (kind is not str or max(map(len, value), default=0) <= _LONGEST_WORD)
+    if key == "rope.scaling.original_context_length":
+        return type(value) is int and value > 0
+    if key == "rope.scaling.finetuned":
+        return isinstance(value, bool)
+    if key == "attention.sliding_window_pattern":
+        return type(value) is int and value >= 0 or isinstance(value, list) and {0, 1}.issuperset(value)
+    if key in _NUMBERS or key.startswith("rope.scaling."):
+        return type(value) in (int, float) and math.isfinite(value)
+    return True  # said where it is used
 
 
 def _number(path: str, reader: GGUFReader, key: str) -> int:

@@ -19,6 +19,17 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+
+
+def _by_case(digits: str, ending: str = "") -> str:
+    """Words cut where a small letter is followed by a capital one, as in the tokenizers of GPT-4o and Mistral Nemo."""
+    before = r"[^\r\n\p{L}\p{N}]?"
+    words = (f"{before}{_UPPER}*{_LOWER}+{ending}", f"{before}{_UPPER}+{_LOWER}*{ending}")
+    return "|".join((*words, digits, r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"))
+
+
 # How text is cut into words before merging, by `tokenizer.ggml.pre`, as in llama.cpp's
 # llama-vocab.cpp: regular expressions, each applied to the pieces that the one before has left.
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -43,14 +54,21 @@ _SPLITS = {
     "deepseek-llm": (r"[\r\n]", rf"\s?[{_LETTERS}]+", rf"\s?[{_PUNCTUATION}]+", r"\s+$", _CJK, r"\p{N}+"),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}"),
     "falcon3": (_LLAMA3_SPLIT,),
-    "smollm": (r"\p{N}", _GPT2_SPLIT),
-    "gpt-2": (_GPT2_SPLIT,),
+    **dict.fromkeys(("smollm", "refact", "starcoder"), (r"\p{N}", _GPT2_SPLIT)),
+    **dict.fromkeys(("gpt-2", "olmo", "mpt"), (_GPT2_SPLIT,)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (_QWEN2_SPLIT,)),
+    **dict.fromkeys(("dbrx", "smaug-bpe"), (_LLAMA3_SPLIT,)),
+    "gpt-4o": (_by_case(r"\p{N}{1,3}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"),),
+    "tekken": (_by_case(r"\p{N}"),),
     "default": _DEFAULT_SPLITS,
     "llama-bpe": (_LLAMA3_SPLIT,),
     "llama3": (_LLAMA3_SPLIT,),
     "llama-v3": (_LLAMA3_SPLIT,),
 }
-_LLAMA3_KINDS = ("llama-bpe", "llama3", "llama-v3", "falcon3")
+# They have whole words that no sequence of merges reaches, and begin every text with their first token.
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
+_COMPOSED = ("qwen2", "deepseek-r1-qwen", "olmo")  # by their own tokenizer.json; llama.cpp does not normalize
+_NEVER_STRIPPED = ("<unk>", "<s>", "<|endoftext|>")  # of Phi-3, whose other special tokens swallow spaces behind them
 
 
 def tokenizer_files(path: str, read: Callable[..., Any], config: ModelConfig) -> dict[str, str]:
@@ -83,15 +101,16 @@ def tokenizer_files(path: str, read: Callable[..., Any], config: ModelConfig) ->
             tokenizer = _sentencepiece(vocab, unknown, scores, prefix)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"{path}: the vocabulary is inconsistent ({error})") from error
-    tokenizer.add_special_tokens(_added(tokens, types, (_CONTROL, _UNKNOWN), special=True))
-    tokenizer.add_tokens(_added(tokens, types, (_USER_DEFINED,), special=False))
+    strips = kind == "llama" and read("general.architecture") == "phi3"
+    tokenizer.add_special_tokens(_added(tokens, types, (_CONTROL, _UNKNOWN), special=True, strips=strips))
+    tokenizer.add_tokens(_added(tokens, types, (_USER_DEFINED,), special=False, strips=strips))
 
     def token(name: str) -> str | None:
         i = read(f"tokenizer.ggml.{name}_token_id")
         return tokens[i] if i is not None and i < len(tokens) else None
 
     bos, eos = token("bos"), token("eos")
-    bos_by_default = kind == "llama" or cut in _LLAMA3_KINDS
+    bos_by_default = kind == "llama" or cut in _WHOLE_WORDS
     before = [bos] if bos and read("tokenizer.ggml.add_bos_token", bos_by_default) else []
     after = [eos] if eos and read("tokenizer.ggml.add_eos_token", False) else []
     if before or after:
@@ -121,9 +140,11 @@ def tokenizer_files(path: str, read: Callable[..., Any], config: ModelConfig) ->
     return files
 
 
-def _added(tokens: list[str], types: list[int], wanted: tuple[int, ...], special: bool) -> list[AddedToken]:
+def _added(
+    tokens: list[str], types: list[int], wanted: tuple[int, ...], special: bool, strips: bool
+) -> list[AddedToken]:
     return [
-        AddedToken(token, special=special, normalized=False)
+        AddedToken(token, special=special, normalized=False, rstrip=strips and token not in _NEVER_STRIPPED)
         for token, kind in zip(tokens, types, strict=True)
         if kind in wanted
     ]
@@ -131,9 +152,10 @@ def _added(tokens: list[str], types: list[int], wanted: tuple[int, ...], special
 
 def _byte_level(vocab: dict[str, int], merges: list[str], cut: str) -> Tokenizer:
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    # Llama 3 has whole words that no sequence of merges reaches.
-    model = models.BPE(vocab=vocab, merges=pairs, ignore_merges=cut in _LLAMA3_KINDS)
+    model = models.BPE(vocab=vocab, merges=pairs, ignore_merges=cut in _WHOLE_WORDS)
     tokenizer = Tokenizer(model)
+    if cut in _COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     splits = [pre.Split(Regex(split), behavior="isolated") for split in _SPLITS[cut]]
     bytes_ = pre.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre.Sequence([*splits, bytes_])

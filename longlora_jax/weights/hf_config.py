@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from longlora_jax.attention.rope import RopeScaling
 from longlora_jax.errors import UserError
 from longlora_jax.files import read_json
 from longlora_jax.model_config import ModelConfig
@@ -56,15 +57,20 @@ def load_config(folder: str) -> ModelConfig:
     except UserError as error:
         refuse(path, [str(error).removeprefix("config.json: ")])
         raise
+    config = config_of(kind, raw, theta, scaling)
+    refuse(path, rope_faults(config))
+    return config
+
+
+def config_of(kind: str, raw: Mapping[str, Any], theta: float, scaling: RopeScaling | None = None) -> ModelConfig:
+    """The ModelConfig of a model_type whose config.json is complete and without faults."""
     family = FAMILIES[kind]
     fields: dict[str, Any] = {key: raw[key] for key in SIZES + SWITCHES + family.same}
     fields |= {key: float(raw[key]) for key in NUMBERS}
     fields |= {key: _token_id(raw.get(key)) for key in TOKEN_IDS}
     fields |= {"model_type": kind, "hidden_act": ACTIVATIONS[raw["hidden_act"]], "rope_theta": theta}
-    fields |= family.always | family.reads(raw)
-    config = ModelConfig(**fields, rope_scaling=scaling)
-    refuse(path, rope_faults(config))
-    return config
+    fields |= family.always | family.reads(dict(raw))
+    return ModelConfig(**fields, rope_scaling=scaling)
 
 
 def is_quantized(folder: str) -> bool:
