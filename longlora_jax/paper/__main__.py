@@ -42,6 +42,7 @@ def _parser() -> errors.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; argv without the program's name, None for the process's own."""
+    errors.start_logging()
     args = _parser().parse_args(argv)
     chosen = tables.chosen([name for name in args.rows.split(",") if name])
     if not os.path.isdir(runs.BASE):

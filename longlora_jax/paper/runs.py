@@ -69,6 +69,7 @@ def train(folder: Path, run: Run, seed: int, *, data: Path) -> None:
     """train.py on one run; it goes on where an earlier call was broken off."""
     flags = [f"--config.steps={run.steps}", f"--config.optim.warmup_steps={min(20, max(run.steps // 5, 1))}"]
     flags += [f"--config.seed={seed}", "--config.data.source=arrayrecord", f"--config.data.path={data}"]
+    flags += ["--config.data.hold_out=()"]  # prepare has left them out
     _call(data.parent, "train.py", "--config", CONFIG, "--workdir", str(folder), *run.flags(), *flags)
 
 
