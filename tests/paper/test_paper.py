@@ -131,7 +131,8 @@ def test_the_page_holds_the_numbers_of_the_json():
 @pytest.mark.slow
 def test_two_steps_of_a_row(environment, monkeypatch, tmp_path, capsys):
     """Catches: flags that train.py does not take, a run that scoring cannot open, scores under another pattern."""
-    monkeypatch.setattr("os.environ", environment)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     shown = call(capsys, "--rows", "gap/s2,steps/0", "--steps", 2, "--workdir", tmp_path)
     content = json.loads((tmp_path / "paper.json").read_text())
     (trained,), (untrained,) = content["runs"]["longlora_2steps"], content["runs"]["untrained"]
