@@ -59,7 +59,7 @@ def format_table(table: Table, rows: Sequence[Row], content: dict[str, Any]) -> 
 def format_tables(content: dict[str, Any], chosen: Chosen) -> str:
     """All tables of which a row is finished, each under its title and the source of the paper's numbers."""
     parts = [
-        f"## {table.title}\n\nThe paper: {table.paper}.\n\n{format_table(table, rows, content)}"
+        f"## {table.title}\n\nIn the paper: {table.paper}.\n\n{format_table(table, rows, content)}"
         for table, rows in chosen
         if any(results_of(content, row) for row in rows)
     ]

@@ -48,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: paper says where its numbers come from; both_patterns: test under the training's too."""
+    """A table of the paper: paper says what its own numbers are of; both_patterns: test under the training's too."""
 
     name: str
     title: str
@@ -89,7 +89,7 @@ TABLES = (
     Table(
         "scaling",
         "Linear interpolation and YaRN",
-        "the paper has linear interpolation alone",
+        "linear interpolation alone",
         (
             Row("linear_0", "linear, untrained", LINEAR, share=0),
             Row("yarn_0", "YaRN, untrained", YARN, share=0),
@@ -104,7 +104,7 @@ TABLES = (
     Table(
         "gap",
         "Trained under S2-Attn, tested with full attention: the gap, and what closes it",
-        "the paper has no such table",
+        "no such table",
         (
             Row("s2", "s2", {}),
             Row("last_10", "s2, the last 10% of the steps full", {"attention.full_last": 0.1}),
@@ -137,7 +137,7 @@ TABLES = (
     Table(
         "steps",
         "Perplexity against steps (LongLoRA)",
-        "a picture in the paper",
+        "a picture",
         (
             Row("0", "untrained", LINEAR, share=0),
             Row("1_4", "a quarter of the steps", {}, share=0.25),
