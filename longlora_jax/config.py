@@ -14,7 +14,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.fields import type_faults
 from longlora_jax.model_config import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig, ModelConfig
 
-MODES = ("longlora", "lora", "full")
+MODES = ("longlora", "lora", "lora_norm", "lora_embedding", "full")
 FORMER_MODES = {"lora_plus": "longlora"}  # read in configs of earlier versions
 
 
@@ -106,7 +106,7 @@ class Config:
     # Special tokens that the tokenizer lacks: they follow its own, and the model gets a row for each, the mean of the
     # others. Where the output has a matrix of its own, mode=full alone trains its rows.
     new_tokens: tuple[str, ...] = ()
-    mode: str = "longlora"  # longlora | lora | full
+    mode: str = "longlora"  # longlora (LoRA + embedding + norms) | lora | lora_norm | lora_embedding | full
     lora: LoraConfig = field(default_factory=LoraConfig)
     rope: RopeConfig = field(default_factory=RopeConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -225,12 +225,13 @@ def validate(config: Config) -> None:
 
 def _rate_faults(optim: OptimConfig, mode: str) -> list[str]:
     faults = []
-    for name in ("embedding_learning_rate", "norm_learning_rate"):
+    unused = {"embedding_learning_rate": ("lora", "lora_norm"), "norm_learning_rate": ("lora", "lora_embedding")}
+    for name, idle in unused.items():
         rate = getattr(optim, name)
         if not 0 <= rate < math.inf:
             faults.append(f"optim.{name}={rate} must be 0 (that is, learning_rate) or more")
-        elif rate and mode == "lora":
-            faults.append(f"optim.{name}={rate}, but mode='lora' trains adapters alone: set mode to longlora")
+        elif rate and mode in idle:
+            faults.append(f"optim.{name}={rate}, but mode={mode!r} does not train what it is for: set mode to longlora")
         elif rate and optim.learning_rate <= 0:
             faults.append(f"optim.{name}={rate} follows the schedule of learning_rate: set that above 0")
     return faults

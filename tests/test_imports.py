@@ -41,6 +41,7 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "plan": ("chips", "collectives", "costs", "meshes", "planner", "__main__"),
     "evals": None,
     "quickstart": (),
+    "paper": ("tables", "runs", "results", "__main__"),
     "report": None,
     "chat": None,
 }

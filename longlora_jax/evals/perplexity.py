@@ -24,6 +24,7 @@ from longlora_jax.evals.scoring import (
     evaluate_as_longlora,
     longlora_windows,
     on_device,
+    plan_same_targets,
     plan_windows,
     stretch_rope,
 )
@@ -60,6 +61,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="a window starts every N tokens (default: T, no overlap). The first window of a file scores all its "
         "targets, each later one its last N: a smaller stride costs more and gives every token more context",
+    )
+    add(
+        "--last",
+        type=number(int, 1),
+        metavar="K",
+        help="compare lengths on the same targets: windows of every length end at the same tokens, and only the last K "
+        "targets of each count. They end every --stride tokens then (at least K; default: the longest T)",
     )
     offset_help = "tokens to skip at the start of each file (default: 0)"
     add("--offset", type=number(int, 0), default=0, metavar="N", help=offset_help)
@@ -98,13 +106,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be known before the model is loaded."""
-    if args.stride and args.stride > min(args.seq_len):
+    if args.last and args.last >= min(args.seq_len):
+        raise UserError(
+            f"--last {args.last} of windows of {min(args.seq_len)} tokens, which have one target less: use at most "
+            f"{min(args.seq_len) - 1}, or leave out the shortest --seq_len"
+        )
+    if args.last and args.stride and args.stride < args.last:
+        raise UserError(f"--stride {args.stride} is below --last {args.last}: targets would be scored twice, use more")
+    if args.stride and not args.last and args.stride > min(args.seq_len):
         raise UserError(
             f"--stride {args.stride} is longer than --seq_len {min(args.seq_len)}: it would leave tokens out, use "
             "at most seq_len"
         )
-    if args.protocol and (args.stride or args.offset or len(args.data) > 1):
-        raise UserError("--protocol longlora has its own windows in one file: leave out --stride, --offset, more files")
+    if args.protocol and (args.stride or args.last or args.offset or len(args.data) > 1):
+        raise UserError(
+            "--protocol longlora has its own windows in one file: leave out --stride, --last, --offset, more files"
+        )
     if args.protocol_batch and not args.protocol:
         raise UserError("--protocol_batch needs --protocol: the mean is over tokens without it")
     if args.rope_factor and not args.rope_type:
@@ -136,12 +153,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.attention == "s2":
         head |= {"group_ratio": args.group_ratio}
     head |= {"offset": args.offset, "max_windows": args.max_windows, "given_stride": args.stride}
+    head |= {"last": args.last, "longest": max(args.seq_len) if args.last else None}  # the ends hang on the longest
+    head |= {"protocol": args.protocol}
     if args.protocol:
-        head |= {"protocol": args.protocol, "protocol_batch": args.protocol_batch or 1}
+        head |= {"protocol_batch": args.protocol_batch or 1}
     results = Results(args.json, head, ["seq_len"])
     for seq_len in args.seq_len:  # a length that fits nothing is told before hours are spent on the others
         if args.protocol:
             longlora_windows(sizes[0], seq_len)
+        elif args.last:
+            same = {"last": args.last, "longest": max(args.seq_len), "stride": args.stride}
+            plan_same_targets(sizes, seq_len, **same, offset=args.offset)
         else:
             plan_windows(sizes, seq_len, stride=args.stride or seq_len, offset=args.offset)
     note_window(args.seq_len, opened.config)
@@ -177,12 +199,15 @@ def _evaluate(model: LoadedModel, documents: list[np.ndarray], seq_len: int, arg
     }
     if args.protocol:
         return evaluate_as_longlora(model, documents[0], seq_len, protocol_batch=args.protocol_batch or 1, **how)
+    if args.last:
+        how |= {"last": args.last, "longest": max(args.seq_len)}
     return evaluate(model, documents, seq_len, stride=args.stride, offset=args.offset, **how)
 
 
 def _print(results: list[dict[str, Any]], args: argparse.Namespace) -> None:
     rope = f", untrained {args.rope_type} rope" if args.rope_type else ""
-    print(f"{args.model}: {args.attention} attention, {args.dtype}{rope}")
+    same = f", the last {args.last:,} targets of windows that end at the same tokens" if args.last else ""
+    print(f"{args.model}: {args.attention} attention, {args.dtype}{rope}{same}")
     print("seq_len  windows      tokens  perplexity       nll  stderr  last quarter")
     for r in results:
         error = "-" if r["stderr"] is None else f"{r['stderr']:.4f}"

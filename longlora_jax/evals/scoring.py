@@ -4,6 +4,9 @@ For each length T, windows of T tokens start every `stride` tokens (T unless giv
 `offset`; what is left at the end is not scored. The first window of a document scores all its T - 1 targets, each
 later one its last `stride`, so with a stride below T no target is scored twice; with stride = T every window
 scores T - 1. Documents are never joined, and every token weighs the same, in whatever document.
+
+To compare lengths on the same targets (`last`), windows of all lengths end at the same tokens, and each scores its last
+K targets alone: the targets do not change with T, what is before them does.
 """
 
 import dataclasses
@@ -68,6 +71,37 @@ def plan_windows(
     return windows[:max_windows]
 
 
+def plan_same_targets(
+    lengths: Sequence[int],
+    seq_len: int,
+    *,
+    last: int,
+    longest: int,
+    stride: int | None = None,
+    offset: int = 0,
+    max_windows: int | None = None,
+) -> list[Window]:
+    """Windows of seq_len tokens that end where those of the longest length end, each with its last targets scored.
+
+    The first window of a document ends `longest` tokens after offset, the others every `stride` tokens (None: longest,
+    so that the longest windows do not overlap). The same targets whatever seq_len is. Raises UserError if a target
+    would be scored twice, if seq_len has not so many, or if no document holds a longest window.
+    """
+    stride = longest if stride is None else stride
+    if not 1 <= last < seq_len <= longest or stride < last:
+        raise UserError(
+            f"{last=}, {seq_len=}, {longest=}, {stride=}: last must be below seq_len, which has seq_len - 1 targets, "
+            "seq_len at most longest, and stride at least last, or targets would be scored twice"
+        )
+    plan_windows(lengths, longest, stride=longest, offset=offset)  # raises if there is none
+    windows = [
+        Window(document, end - seq_len, last)
+        for document, length in enumerate(lengths)
+        for end in range(offset + longest, length + 1, stride)
+    ]
+    return windows[:max_windows]
+
+
 def on_device(model: OpenModel, dtype: str) -> LoadedModel:
     """The model in dtype, read onto all devices tensor by tensor, every weight cut over them."""
     where = _shardings(model.config, _mesh_for(model.config, 1), model.quantization)
@@ -109,6 +143,8 @@ def evaluate(
     stride: int | None = None,
     offset: int = 0,
     max_windows: int | None = None,
+    last: int | None = None,
+    longest: int | None = None,
     pattern: Pattern = FULL,
     dtype: str = "float32",
     batch_size: int | None = None,
@@ -116,13 +152,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of a model at one length, under the rule at the top of this file.
 
+    last: score the last so many targets of windows that end where those of `longest` tokens do (plan_same_targets).
     documents: token ids [tokens] of each; dtype: of weights and activations (sums are float32 and wider);
     batch_size: rows of a forward pass (None: TOKENS_AT_ONCE tokens), which changes speed and memory only; label: of
     the progress bar on standard error, None for "T tokens". A model of on_device(model, dtype) is not copied again.
     Returns one object of "results" in the JSON of the command. Raises UserError.
     """
-    stride = seq_len if stride is None else stride
-    windows = plan_windows([len(d) for d in documents], seq_len, stride=stride, offset=offset, max_windows=max_windows)
+    sizes, where = [len(d) for d in documents], {"offset": offset, "max_windows": max_windows}
+    longest = longest if last and longest else seq_len
+    stride = longest if stride is None else stride
+    if last:
+        windows = plan_same_targets(sizes, seq_len, last=last, longest=longest, stride=stride, **where)
+    else:
+        windows = plan_windows(sizes, seq_len, stride=stride, **where)
     how = {"pattern": pattern, "dtype": dtype, "batch_size": batch_size, "label": label}
     nll = np.concatenate(list(_nll_of_windows(model, documents, windows, seq_len, **how)))
     scored = np.arange(seq_len - 1) >= seq_len - 1 - np.array([[w.scored] for w in windows])
@@ -137,7 +179,7 @@ def evaluate(
         "offset": offset,
         "windows": len(windows),
         "documents": len({w.document for w in windows}),
-        "skipped_documents": sum(len(d) < offset + seq_len for d in documents),
+        "skipped_documents": sum(size < offset + longest for size in sizes),
         **_how(model, pattern),
         **_mean(nll[scored]),
         "stderr": standard_error(nll[scored]),

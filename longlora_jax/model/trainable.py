@@ -25,13 +25,19 @@ def group_of(path: tuple[str, ...]) -> str:
     return "attention" if "self_attn" in path else "mlp"
 
 
-TRAINED_GROUPS = {"lora": {"lora"}, "longlora": {"lora", "embedding", "norm"}}
+TRAINED_GROUPS = {
+    "longlora": {"lora", "embedding", "norm"},
+    "lora": {"lora"},
+    "lora_norm": {"lora", "norm"},
+    "lora_embedding": {"lora", "embedding"},
+}
 
 
 def trainable_mask(params, mode: str):
     """A tree of booleans like params: True where the leaf trains.
 
-    mode: `longlora` (adapters, embedding and norms: LongLoRA), `lora` (adapters alone) or `full` (everything).
+    mode: `longlora` (adapters, embedding and norms: LongLoRA), `lora` (adapters alone), `lora_norm`, `lora_embedding`
+    (one of the two beside the adapters, as in the paper's ablation) or `full` (everything).
     """
     if mode not in MODES:
         raise UserError(f"mode={mode!r} is unknown: use one of {', '.join(MODES)}")

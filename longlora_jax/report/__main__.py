@@ -157,6 +157,7 @@ def _facts(run: Run) -> dict[str, str]:
     targets = ", ".join(str(t).removesuffix("_proj") for t in lora.get("targets", []))
     adapters = f"LoRA of rank {lora.get('rank')} on {targets}"
     recipe = {"lora": adapters, "longlora": f"{adapters}; embedding and norms too", "full": "every weight"}
+    recipe |= {"lora_norm": f"{adapters}; norms too", "lora_embedding": f"{adapters}; embedding too"}
     optim, source = c.get("optim", {}), data.get("source", "")
     rate = f"learning rate {short(optim.get('learning_rate', 0))}, {optim.get('schedule')}"
     where = os.path.basename(str(data.get("path", "")).rstrip("/"))

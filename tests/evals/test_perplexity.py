@@ -17,7 +17,7 @@ from longlora_jax.attention.patterns import Pattern
 from longlora_jax.config import LoraConfig
 from longlora_jax.evals import perplexity
 from longlora_jax.evals.plots import plot_perplexity
-from longlora_jax.evals.scoring import evaluate, on_device, plan_windows, standard_error
+from longlora_jax.evals.scoring import evaluate, on_device, plan_same_targets, plan_windows, standard_error
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.model.lora import merge_lora
 from longlora_jax.weights.load import LoadedModel, open_model
@@ -142,6 +142,36 @@ def test_the_contract_counts_by_hand():
     assert plan_windows([10, 3, 8], 4, stride=4, offset=0, max_windows=3) == [(0, 0, 3), (0, 4, 3), (2, 0, 3)]
 
 
+@pytest.mark.parametrize(("stride", "offset", "limit"), [(None, 0, None), (5, 3, 6), (70, 0, None)])
+def test_lengths_are_compared_on_the_same_targets(folder, model, documents, stride, offset, limit):
+    """Catches: windows that begin together instead of ending together, a target scored twice, one document fewer for
+    the long windows than for the short ones."""
+    last, longest = 5, 48
+    targets = {}
+    for seq_len in (6, 16, longest):
+        scored, targets[seq_len] = [], []
+        for number, ids in enumerate(documents):
+            for end in range(offset + longest, len(ids) + 1, stride or longest):
+                if limit is None or len(targets[seq_len]) < limit * last:
+                    scored += target_nll(folder, ids[end - seq_len : end])[-last:].tolist()
+                    targets[seq_len] += [(number, position) for position in range(end - last, end)]
+        rule = {"last": last, "longest": longest, "stride": stride, "offset": offset, "max_windows": limit}
+        got = evaluate(model, documents, seq_len, **rule, batch_size=8)
+        assert (got["tokens"], got["windows"] * last, got["skipped_documents"]) == (len(scored), len(scored), 1)
+        assert got["stride"] == (stride or longest)
+        np.testing.assert_allclose(got["nll"], np.mean(scored), **CLOSE)
+        planned = plan_same_targets([len(d) for d in documents], seq_len, **rule)
+        assert [(w.document, w.start + seq_len - last) for w in planned] == targets[seq_len][::last]
+    assert targets[6] == targets[16] == targets[48] and len(set(targets[6])) == len(targets[6]) > last
+
+
+@pytest.mark.parametrize(("last", "stride"), [(16, 64), (8, 7), (0, 16)])
+def test_targets_that_a_window_lacks_or_scores_twice_are_refused(last, stride):
+    """Catches: a window of 16 tokens asked for 16 targets, of which the first has nothing before it."""
+    with pytest.raises(errors.UserError, match=f"last={last}"):
+        plan_same_targets([150], 16, last=last, longest=64, stride=stride)
+
+
 def test_documents_are_weighed_by_tokens_and_never_joined(model, documents):
     """Catches: a mean over documents, and a window across the end of a file."""
     apart = [evaluate(model, [ids], 16, stride=8, batch_size=1) for ids in documents]
@@ -228,6 +258,21 @@ def test_command_writes_what_the_contract_says(folder, model, files, documents, 
     assert "16" in capsys.readouterr().out
 
 
+def test_command_compares_lengths_on_the_same_targets(folder, model, files, documents, tmp_path, capsys):
+    """Catches: --last that does not reach evaluate(); results of other ends taken for these; --last forgotten there."""
+    out = tmp_path / "out.json"
+    common = ["--model", str(folder), "--data", *files, "--batch_size", "8", "--json", str(out)]
+    for longest in (64, 32):
+        perplexity.main([*common, "--seq_len", f"16,{longest}", "--last", "6"])
+        written = json.loads(out.read_text())
+        assert (written["last"], written["longest"]) == (6, longest)
+        for seq_len, row in zip((16, longest), written["results"], strict=True):
+            assert row == evaluate(model, documents, seq_len, last=6, longest=longest, batch_size=8)
+    assert "last 6 targets" in capsys.readouterr().out
+    perplexity.main([*common, "--seq_len", "16"])
+    assert json.loads(out.read_text())["results"] == [evaluate(model, documents, 16, batch_size=8)]
+
+
 @pytest.mark.parametrize("factor", [None, 3.0])
 def test_untrained_scaling_equals_transformers(folder, files, documents, tmp_path, factor):
     """Catches: a factor relative to another window than the original one, an override that is only recorded."""
@@ -266,6 +311,10 @@ def fails(argv, capsys):
         ({"--seq_len": "1"}, "1 must be at least 2"),
         ({"--seq_len": "16,x"}, "16,x"),
         ({"--stride": "17"}, "--stride 17 is longer than --seq_len 16"),
+        ({"--last": "16"}, "--last 16 of windows of 16 tokens, which have one target less: use at most 15"),
+        ({"--last": "8", "--stride": "7"}, "--stride 7 is below --last 8"),
+        ({"--last": "8", "--protocol": "longlora"}, "leave out --stride, --last"),
+        ({"--last": "8", "--seq_len": "16,512"}, "seq_len=512 needs a document of 512"),
         ({"--stride": "0"}, "0 must be at least 1"),
         ({"--max_windows": "0"}, "0 must be at least 1"),
         ({"--rope_type": "stretchy"}, "stretchy"),

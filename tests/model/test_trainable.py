@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longlora_jax.config import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig, ModelConfig, OptimConfig
+from longlora_jax.config import ATTENTION_TARGETS, MLP_TARGETS, MODES, LoraConfig, ModelConfig, OptimConfig
 from longlora_jax.errors import UserError
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.model.trainable import census, combine, count, partition, trainable_mask
@@ -55,8 +55,10 @@ def test_what_each_mode_trains(tied):
     """LongLoRA without its norms or embedding; a bias or the head that trains along; a final norm left out."""
     config = tiny(attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
     params = abstract_params(Llama(config, LORA))
-    trained = {mode: paths(partition(params, trainable_mask(params, mode))[0]) for mode in ("lora", "longlora", "full")}
+    trained = {mode: paths(partition(params, trainable_mask(params, mode))[0]) for mode in MODES}
     assert trained["lora"] == ADAPTERS
+    assert trained["lora_norm"] == ADAPTERS | NORMS
+    assert trained["lora_embedding"] == ADAPTERS | {"embed_tokens/embedding"}
     assert trained["longlora"] == ADAPTERS | NORMS | {"embed_tokens/embedding"}
     head = set() if tied else {"lm_head/kernel"}
     weights = {f"{projection}/{leaf}" for projection in PROJECTIONS for leaf in ("kernel", "bias")}

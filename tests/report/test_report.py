@@ -174,7 +174,7 @@ def test_short_numbers():
     assert {value: charts.short(value) for value in known} == known
 
 
-@pytest.mark.parametrize("mode", ["longlora", "lora", "full"])
+@pytest.mark.parametrize("mode", ["longlora", "lora", "lora_norm", "lora_embedding", "full"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_census_is_that_of_the_trainer(tmp_path, mode, tied):
     """Catches: adapters counted with the wrong sides, a group that trains in another mode, a tied lm_head."""

@@ -181,7 +181,9 @@ def test_moments_find_their_places_on_a_mesh():
 @pytest.mark.parametrize(
     ("mode", "options", "fault"),
     [
-        ("lora", {"embedding_learning_rate": 1e-4}, "trains adapters alone"),
+        ("lora", {"embedding_learning_rate": 1e-4}, "mode='lora' does not train"),
+        ("lora_norm", {"embedding_learning_rate": 1e-4}, "mode='lora_norm' does not train"),
+        ("lora_embedding", {"norm_learning_rate": 1e-4}, "mode='lora_embedding' does not train"),
         ("longlora", {"norm_learning_rate": -1.0}, "must be 0"),
         ("longlora", {"norm_learning_rate": float("nan")}, "must be 0"),
         ("longlora", {"norm_learning_rate": 1e-4, "learning_rate": 0.0}, "set that above 0"),

@@ -52,7 +52,9 @@ EXTENDED = {
 OUT = {
     "lora": ("untied", "lora", "yarn", LoraConfig(rank=3)),
     "longlora": ("untied", "longlora", "linear", LoraConfig(rank=3, alpha=7.5, dropout=0.05)),
+    "lora_norm": ("untied", "lora_norm", "linear", LoraConfig(rank=2)),
     "tied": ("tied", "longlora", "linear", LoraConfig(rank=2)),
+    "tied, lora_embedding": ("tied", "lora_embedding", "linear", LoraConfig(rank=2)),
     "tied, lora alone": ("tied", "lora", "ntk", LoraConfig(rank=2)),
     "all targets": ("biases", "lora", "linear", LoraConfig(rank=5, targets=(*ATTENTION_TARGETS, *MLP_TARGETS))),
     "rslora": ("untied", "lora", "linear", LoraConfig(rank=4, rslora=True, targets=("v_proj", "down_proj"))),

@@ -1,0 +1,115 @@
+"""The paper's tables in miniature: trains every row that is not finished, scores it, and prints all tables."""
+
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longlora_jax import errors
+from longlora_jax.errors import UserError, number
+from longlora_jax.files import read_json, write_json
+from longlora_jax.paper import results, runs, tables
+
+STEPS = 200
+# The runs behind docs/paper.md: how long a row takes, before one of it has been run here.
+MEASURED = "docs/runs/paper/paper.json"
+
+
+def _parser() -> errors.ArgumentParser:
+    parser = errors.ArgumentParser(
+        prog="python -m longlora_jax.paper",
+        description="Trains the shipped small LLaMA once for each row of the LongLoRA paper's tables, scores it under "
+        "full attention on files that it never saw, and prints the tables beside the paper's numbers. Called again it "
+        "goes on where it was, and only prints what is finished. docs/paper.md has the results.",
+        epilog="Example: python -m longlora_jax.paper --rows parts,patterns/short --seeds 3",
+    )
+    add = parser.add_argument
+    add("--rows", default="", metavar="NAME[,NAME...]", help="tables, or rows as TABLE/ROW (default: all)")
+    add(
+        "--steps",
+        type=number(int, 1),
+        default=STEPS,
+        metavar="N",
+        help="training steps of a row (default: %(default)s)",
+    )
+    add("--seeds", type=number(int, 1), default=1, metavar="N", help="runs of each row, seeds 0 to N - 1 (default: 1)")
+    add("--workdir", type=Path, default=Path("runs/paper"), help="folder of all runs (default: %(default)s)")
+    add("--list", action="store_true", help="say what would run and how long it takes, and run nothing")
+    add("--show", action="store_true", help="print and draw what is finished, and run nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; argv without the program's name, None for the process's own."""
+    errors.start_logging()
+    args = _parser().parse_args(argv)
+    chosen = tables.chosen([name for name in args.rows.split(",") if name])
+    if not os.path.isdir(runs.BASE):
+        raise UserError(f"there is no {runs.BASE} here: run this in the root of the repository")
+    needed = list(dict.fromkeys(row.run(args.steps) for _, rows in chosen for row in rows))
+    if args.list:
+        print(listing(args.workdir, chosen, args.steps, args.seeds))
+        return
+    if not args.show:
+        # All rows with one seed first: a table with one seed says more than a row with three.
+        left = [
+            (run, seed)
+            for seed in range(args.seeds)
+            for run in needed
+            if (run.steps or not seed) and not runs.finished(args.workdir, run, seed)
+        ]
+        for number_, (run, seed) in enumerate(left, 1):
+            print(f"\n[{number_}/{len(left)}] {run.name}, seed {seed}", flush=True)
+            result = runs.make(args.workdir, run, seed, twice=tables.scored_twice(run, args.steps))
+            print(f"perplexity {result['perplexity']:.2f} in {result['seconds']:.0f} s", flush=True)
+    content = runs.gather(args.workdir, needed, steps=args.steps)
+    if not content["runs"]:
+        raise UserError(f"{args.workdir} holds no finished row of {args.steps} steps: leave out --show to train some")
+    write_json(str(args.workdir / "paper.json"), content)
+    results.draw(content, chosen, str(args.workdir / "paper.png"))
+    print(f"\n{results.format_tables(content, chosen)}")
+    print(f"\nNumbers: {args.workdir}/paper.json, picture: {args.workdir}/paper.png")
+
+
+def listing(workdir: Path, chosen: results.Chosen, steps: int, seeds: int) -> str:
+    """Every row with its steps, what is finished of it, and the hours that are left."""
+    measured, source = _measured(workdir)
+    if not measured:
+        raise UserError(f"nothing is measured yet in {workdir} or {MEASURED}: run one row first")
+    lines = [f"{'row':<24} {'steps':>6} {'finished':>9} {'hours left':>11}"]
+    total, seen = 0.0, set()
+    for table, rows in chosen:
+        for row in rows:
+            run = row.run(steps)
+            wanted = seeds if run.steps else 1
+            done = sum(runs.finished(workdir, run, seed) is not None for seed in range(wanted))
+            hours = (wanted - done) * _seconds(run, measured) / 3600
+            shared = " (shared with a row above)" if run in seen else ""
+            total += 0.0 if shared else hours
+            seen.add(run)
+            lines.append(
+                f"{f'{table.name}/{row.name}':<24} {run.steps:>6} {f'{done} of {wanted}':>9} {hours:>11.2f}{shared}"
+            )
+    return "\n".join([*lines, f"{total:.1f} hours in all, by the seconds a step of {source}"])
+
+
+def _measured(workdir: Path) -> tuple[list[dict[str, Any]], str]:
+    """Results with a measured step, of this workdir or else of the runs behind docs/paper.md, and what they are of."""
+    here = [read_json(str(path)) for path in sorted((workdir / runs.RESULTS).glob("*.json"))]
+    if here := [r for r in here if r["step_seconds"]]:
+        return here, str(workdir)
+    there = read_json(MEASURED)["runs"] if os.path.exists(MEASURED) else {}
+    return [r for found in there.values() for r in found if r["step_seconds"]], MEASURED
+
+
+def _seconds(run: tables.Run, measured: list[dict[str, Any]]) -> float:
+    """Of a run from start to end: its steps, and what starting, compiling and scoring took beside them."""
+    same = [r for r in measured if r["changes"] == dict(run.changes)] or measured
+    step = statistics.median(r["step_seconds"] for r in same)
+    beside = statistics.median(max(r["seconds"] - r["steps"] * r["step_seconds"], 0.0) for r in measured)
+    return run.steps * step + beside
+
+
+if __name__ == "__main__":
+    errors.run(main)
