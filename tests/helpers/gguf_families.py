@@ -28,7 +28,9 @@ def write_family(path: Path, folder: Path, keys: dict[str, Any] | None = None) -
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
     add |= {str: writer.add_string, list: writer.add_array}
     metadata = {f"{arch}.{key}": value for key, value in (_keys(arch, config) | (keys or {})).items()}
-    for key, value in {**metadata, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}.items():
+    tokens = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+    metadata |= {f"tokenizer.ggml.{token}_token_id": config.get(key) for token, key in tokens.items()}
+    for key, value in metadata.items():
         if value is not None:
             add[type(value)](key, value)
     writer.add_tokenizer_model("gpt2")
