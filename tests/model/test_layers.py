@@ -13,6 +13,8 @@ import longlora_jax.model.decoder as decoder
 from longlora_jax.attention.attend import _by_predicate
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.config import LoraConfig, MeshConfig
+from longlora_jax.errors import UserError
+from longlora_jax.model.cache import new_cache
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.model.layers import frequencies_of, kinds_of, patterns_of
 from longlora_jax.model.trainable import group_of, trainable_mask
@@ -152,3 +154,10 @@ def test_depth_costs_no_compile_time():
         return len(lowered.as_text().splitlines())
 
     assert lines(1) == lines(5)
+
+
+@pytest.mark.parametrize("name", ["windows", "no rope"])
+def test_layers_of_several_kinds_have_no_sink_cache(name):
+    """Catches: a sink cache that forgets what a full layer sees, or turns what is not turned."""
+    with pytest.raises(UserError, match="has no sink cache"):
+        new_cache(model_of(name).config, 1, 64, dtype=jnp.float32, chunk=8, sinks=2, window=8)

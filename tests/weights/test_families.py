@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longlora_jax.errors import UserError
 from longlora_jax.generate import generate
-from longlora_jax.model.decoder import Llama
-from longlora_jax.model.trainable import combine, partition, trainable_mask
+from longlora_jax.model.decoder import Llama, abstract_params
+from longlora_jax.model.trainable import combine, count, partition, trainable_mask
+from longlora_jax.model_config import LoraConfig
 from longlora_jax.weights.hf import load_hf, save_hf
 from longlora_jax.weights.hf_config import load_config
 from longlora_jax.weights.peft import load_peft, open_peft
@@ -127,6 +128,28 @@ def test_adapters_and_their_gradients_are_pefts(name, folder, tmp_path):
     _, table, _ = open_peft(str(tmp_path / "ours"), base=str(folder(name)))
     merged = Llama(config).apply({"params": build_params(config, table)}, tokens)
     np.testing.assert_allclose(merged, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_neox"])
+def test_what_longlora_trains_goes_to_peft_whole(name, folder, tmp_path):
+    """Catches: a norm of q or k, a LayerNorm's bias or an embedding under another name that PEFT does not put back."""
+    config, base = load_hf(str(folder(name)))
+    lora = LoraConfig(rank=2, targets=config.targets)
+    model, rng = Llama(config, lora=lora), np.random.default_rng(2)
+    shapes = abstract_params(model)
+    params = combine(base, partition(shapes, trainable_mask(shapes, "lora"))[0])
+    params = jax.tree.map(lambda x: np.asarray(x if isinstance(x, np.ndarray) else np.zeros(x.shape, x.dtype)), params)
+    trained, frozen = partition(params, trainable_mask(params, "longlora"))
+    trained = jax.tree.map(lambda x: (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32), trained)
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+    ours = model.apply({"params": combine(trained, frozen)}, tokens)
+    save_peft(str(tmp_path / "ours"), config, lora, trained, base=str(folder(name)))
+    theirs = AutoModelForCausalLM.from_pretrained(folder(name), attn_implementation="eager", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    np.testing.assert_allclose(their_logits(theirs), ours, **CLOSE)
+    _, table, _ = open_peft(str(tmp_path / "ours"), base=str(folder(name)))
+    merged = Llama(config).apply({"params": build_params(config, table)}, tokens)
+    np.testing.assert_allclose(merged, ours, **CLOSE)
 
 
 def compare_gradients(config, ours, wanted) -> int:
@@ -251,9 +274,6 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_have_their_parameters(name, tmp_path):
     """Catches: a weight that a family has and we do not, or the other way round."""
-    from longlora_jax.model.decoder import abstract_params
-    from longlora_jax.model.trainable import count
-
     content, known = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(content))
     with torch.device("meta"):
