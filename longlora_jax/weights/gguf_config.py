@@ -129,7 +129,10 @@ def _foreign(meta: Metadata, arch: Architecture, head_dim: int, window: int) -> 
     for key, usual in neutral.items():
         value = None if key in (*arch.numbers, *arch.switches, *arch.known) else meta.own(key)
         if not _is_neutral(value, usual):
-            faults.append(f"{meta.key(key)} is {shown(value)}: it makes another architecture of a {arch.model_type}")
+            faults.append(
+                f"{meta.key(key)} is {shown(value)}: it makes another architecture of a {arch.model_type}, "
+                "which is not computed here"
+            )
     return faults
 
 
