@@ -1,5 +1,6 @@
 """What the README shows exists: files, commands and flags. Words that drift from the code fail here."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -26,6 +27,11 @@ def test_every_file_of_the_package_is_in_the_tree():
         assert path.name == "__init__.py" or path.name in README, path
 
 
+@functools.cache
+def help_of(*program: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_know_their_flags(command):
     """Each flag that a command of the README uses is in that command's --help."""
@@ -36,7 +42,7 @@ def test_commands_know_their_flags(command):
         assert used <= {"config", "workdir"}, used
         return
     subcommand = [words[2]] if program == ["convert_weights.py"] else []
-    shown = subprocess.run([sys.executable, *program, *subcommand, "--help"], capture_output=True, text=True)
+    shown = help_of(*program, *subcommand)
     assert shown.returncode == 0, shown.stderr
     for flag in used:
         assert f"--{flag}" in shown.stdout, f"{command}: {flag}"
