@@ -113,7 +113,15 @@ def test_a_coordinator_that_is_not_there(home, environment, tmp_path):
     assert ended.stderr.startswith("error: process 0 was not reached at localhost:")
 
 
-@pytest.mark.parametrize("how", ["killed", "the first killed", "stopped", "bug"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "killed",
+        pytest.param("the first killed", marks=pytest.mark.slow),
+        pytest.param("stopped", marks=pytest.mark.slow),
+        "bug",
+    ],
+)
 def test_what_ends_one_process_ends_all(how, environment):
     """Catches: survivors that hang, or that stop without a word or with another code; a silent first process."""
     environment, port = environment | {"PYTHONPATH": str(ROOT)}, str(free_port())
