@@ -18,6 +18,7 @@ if importlib.metadata.version("jaxlib") < "0.11":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch and numpy wait for each other by spinning
 
 import hypothesis
 import jax
@@ -37,9 +38,11 @@ hypothesis.settings.load_profile("repository")
 
 
 def pytest_collection_finish():
-    """What is imported by now stays: the collector, busy while jax traces, need not walk through it again and again."""
+    """jax makes so many objects as it traces that the collector would take a quarter of the time: it comes more seldom,
+    and leaves alone what is imported by now."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture
