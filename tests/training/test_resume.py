@@ -67,7 +67,7 @@ def test_a_base_that_was_moved_is_the_same_base(train, fake, moved, tmp_path, ca
 
 def test_memory_and_reporting_are_free_on_resume(train, fake, home, tmp_path, capsys):
     """Catches: a run that must be given up because one device more, or one more evaluation, is there."""
-    config = longlora(home, steps=4, save_every=2)
+    config = longlora(home, steps=4, save_every=2, mesh=MeshConfig(fsdp=1))
     train(config, tmp_path / "work")
     os.rename(tmp_path / "work" / "checkpoints" / "4", tmp_path / "undone")
     more = {"log_every": 2, "save_every": 1, "chunks": 2, "loss_chunk": 7, "accumulation": 1, "remat": "block"}
