@@ -10,10 +10,10 @@ quickstart: .venv/run  ## extend a small LLaMA 8 times, export it, and show what
 	$(PY) -m longlora_jax.quickstart
 
 test: .venv/test  ## the test suite, on all cores
-	$(PY) -m pytest -n auto -m "not slow and not gpu and not tpu"
+	$(PY) -m pytest -n auto --dist worksteal -m "not slow and not gpu and not tpu"
 
 test-all: .venv/test  ## everything that this machine can run, the slow tests too
-	$(PY) -m pytest -n auto -m "not gpu and not tpu"
+	$(PY) -m pytest -n auto --dist worksteal -m "not gpu and not tpu"
 
 lint: .venv/test  ## format, lint and types
 	.venv/bin/ruff format --check .

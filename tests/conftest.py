@@ -1,5 +1,6 @@
 """Settings of every test: 8 fake CPU devices, strict shapes, fixed seeds, our warnings are errors; and a browser."""
 
+import gc
 import importlib.metadata
 import logging
 import os
@@ -17,6 +18,7 @@ if importlib.metadata.version("jaxlib") < "0.11":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch and numpy wait for each other by spinning
 
 import hypothesis
 import jax
@@ -33,6 +35,14 @@ from longlora_jax.weights.hf import save_hf
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, print_blob=False)
 hypothesis.settings.load_profile("repository")
+
+
+def pytest_collection_finish():
+    """jax makes so many objects as it traces that the collector would take a quarter of the time: it comes more seldom,
+    and leaves alone what is imported by now."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture
@@ -66,13 +76,24 @@ def home(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """One device, and a cache of compiled steps that all processes share: they spend most of their time on the same."""
+@pytest.fixture(scope="session", autouse=True)
+def compiled(tmp_path_factory):
+    """A cache of compiled programs that this process, the other workers and all that they start share: they spend most
+    of their time on the same."""
     base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(compiled):
+    """One device, and the cache of compiled programs, for processes that train."""
     cache = {
-        "JAX_COMPILATION_CACHE_DIR": str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")

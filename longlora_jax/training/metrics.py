@@ -53,14 +53,12 @@ class MetricsLog:
         self._on = distributed.is_first()
         if not self._on:
             return
-        from tensorboardX import SummaryWriter
-
         self._wandb = _start_wandb(wandb, workdir, config) if wandb else None
         path = Path(workdir) / "metrics.jsonl"
         _keep_until(path, start_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         # Events of steps that a crash undid stay in their file: TensorBoard drops them at purge_step.
-        self._events = SummaryWriter(workdir, purge_step=start_step + 1 if start_step else None)
+        self._events = _summary_writer()(workdir, purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one object: {"step": step, **values}; null, which JSON has, for a number that is not finite."""
@@ -81,6 +79,19 @@ class MetricsLog:
             self._events.close()
             if self._wandb:
                 self._wandb.finish()
+
+
+def _summary_writer():
+    """tensorboardX's SummaryWriter without torch, which it imports wherever it is installed: seconds of every start."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]: an import of it fails now
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def check_wandb(project: str) -> None:

@@ -54,8 +54,15 @@ CASES = {  # name: (pattern, mesh, (B, T, N, K), what is exchanged)
 }
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize("name", CASES)
+# Each case once, by turns as one document and packed; the other half is slow, as all are compiled anew.
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [
+        pytest.param(name, packed, id=f"{name}-{kind}", marks=() if i % 2 == packed else pytest.mark.slow)
+        for i, name in enumerate(CASES)
+        for packed, kind in ((False, "one document"), (True, "packed"))
+    ],
+)
 def test_a_mesh_attends_as_one_device(name, packed):
     """Catches: a neighbour's half that is another's, a first shard that sees zeros, heads in disorder."""
     pattern, axes, (b, t, n, k), how = CASES[name]

@@ -1,16 +1,14 @@
 """The file of results: kept, gone on with, written over where nothing is in it."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from longlora_jax.errors import UserError
+from longlora_jax.evals import perplexity
 from longlora_jax.evals.results import Results
+from longlora_jax.generate import __main__ as generate
 
-ROOT = Path(__file__).parents[2]
 TINY = "models/tiny-python-llama"
 
 
@@ -38,15 +36,14 @@ def test_a_file_with_something_else_in_it_is_kept(tmp_path, content):
 @pytest.mark.parametrize(
     "command",
     [
-        ("longlora_jax.evals.perplexity", "--data", "README.md", "--seq_len", "64", "--max_windows", "1"),
-        ("longlora_jax.generate", "--prompt", "import", "--max_new_tokens", "2"),
+        (perplexity, "--data", "README.md", "--seq_len", "64", "--max_windows", "1"),
+        (generate, "--prompt", "import", "--max_new_tokens", "2"),
     ],
 )
 def test_commands_write_over_an_empty_file(tmp_path, command):
     """Catches: a command that has its own way with the file."""
     path = tmp_path / "a.json"
     path.touch()
-    words = [sys.executable, "-m", command[0], "--model", TINY, *command[1:], "--json", str(path)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    module, *flags = command
+    module.main(["--model", TINY, *flags, "--json", str(path)])
     assert json.loads(path.read_text())["model"] == TINY

@@ -65,7 +65,9 @@ def asking(folder: str, out: Path) -> list[str]:
     return [*flags, "--max_new_tokens", str(NEW), "--json", str(out)]
 
 
-@pytest.mark.parametrize(("prompt", "template"), [("alpaca", None), ("chat", CHATML)])
+@pytest.mark.parametrize(
+    ("prompt", "template"), [pytest.param("alpaca", None, marks=pytest.mark.slow), ("chat", CHATML)]
+)
 def test_every_way_of_asking_gets_the_answer_and_its_end(prompt, template, train, tmp_path, capsys):
     """Catches: a prompt at inference that no run has seen, an answer that goes on into an invented turn, an evaluation
     that scores the right answer 0, an export that transformers asks in another way."""

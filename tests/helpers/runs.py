@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import pytest
 from tiny import tiny_config
 
 from longlora_jax.config import AttentionConfig, Config, DataConfig, EvalConfig, LoraConfig, OptimConfig
@@ -95,6 +97,18 @@ def train_module():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def train_here(config: Config, folder: Path, workdir: Path) -> None:
+    """Runs train.py's main on a config in this process; the config's file is written to the folder."""
+    script, root = train_module(), logging.getLogger()
+    argv = ["train.py", "--config", write_config(folder, config), "--workdir", str(workdir)]
+    handlers, level = root.handlers[:], root.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        script.main(script.parse_flags(argv))
+    root.handlers[:], _ = handlers, root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 class FakeStep:

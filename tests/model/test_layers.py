@@ -51,8 +51,15 @@ def weights_of(model: Llama):
     )
 
 
-@pytest.mark.parametrize("segments", [False, True], ids=["joined", "packed"])
-@pytest.mark.parametrize("pattern", [FULL, S2], ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "segments"),
+    [
+        pytest.param(FULL, False, id="full-joined"),
+        pytest.param(S2, True, id="s2-packed"),
+        pytest.param(FULL, True, id="full-packed", marks=pytest.mark.slow),
+        pytest.param(S2, False, id="s2-joined", marks=pytest.mark.slow),
+    ],
+)
 def test_every_layer_attends_by_its_predicate(pattern, segments, monkeypatch):
     """Catches: groups in a layer that has a window, a window in one that has none, the numbers of a layer too far."""
     model = model_of("windows", pattern=pattern)
@@ -105,8 +112,14 @@ WAYS = {  # (mesh, chunks, remat)
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", MODELS)
+# Where what a model has meets what cuts it; the other pairs are slow, as all are compiled anew.
+MEET = {("windows", "context"), ("windows", "chunks"), ("post norms", "tensor"), ("parallel residual", "chunks")}
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [pytest.param(name, way, marks=() if (name, way) in MEET else pytest.mark.slow) for name in MODELS for way in WAYS],
+)
 def test_a_mesh_and_chunks_change_nothing(name, way):
     """Catches: a window that ends at a device's edge, a norm over heads of which a device has some, a residual that is
     scaled once a chunk."""

@@ -51,7 +51,7 @@ def assert_same_loss(hidden, kernel, targets, weights, chunk):
     jax.tree.map(functools.partial(np.testing.assert_allclose, **F32), ours, oracle)
 
 
-@settings(max_examples=12)
+@settings(max_examples=3)
 @given(rows=st.integers(1, 3), t=st.integers(1, 17), chunk=st.integers(1, 20), seed=st.integers(0, 99))
 @example(rows=2, t=12, chunk=8, seed=0)  # divides
 @example(rows=2, t=11, chunk=5, seed=1)  # does not

@@ -80,7 +80,7 @@ def after_each(session: Session, tokens) -> np.ndarray:
 @pytest.mark.parametrize("options, sinks", [({}, SINKS), ({"rope_scaling": YARN}, SINKS), ({}, 0)], ids=str)
 def test_equals_a_reference_that_recomputes_everything(options, sinks):
     """Catches: positions that go on growing, a sink that is evicted, a window one too long, keys rotated twice."""
-    model, params, tokens = model_and_tokens(90, **options)
+    model, params, tokens = model_and_tokens(50, **options)
     expected = from_scratch(model, params, tokens[0], sinks, WINDOW)
     full = np.asarray(jax.jit(model.apply)({"params": params}, tokens))[0]
     session = Session(model, params, 1, 1, sinks=sinks, window=WINDOW, chunk=8)
@@ -95,8 +95,8 @@ def test_equals_a_reference_that_recomputes_everything(options, sinks):
 def test_chunks_give_what_single_tokens_give(chunk):
     """Catches: a chunk that evicts what its first tokens still see, padding that lands on a key in use, a token that
     sees all of its chunk."""
-    model, params, tokens = model_and_tokens(150, rows=3)
-    lengths = (150, 71, 2)
+    model, params, tokens = model_and_tokens(100, rows=3)
+    lengths = (100, 41, 2)
     session = Session(model, params, 3, 1, sinks=SINKS, window=WINDOW, chunk=chunk)
     session.read([row[:length] for row, length in zip(tokens, lengths, strict=True)])
     for row, length in enumerate(lengths):
@@ -150,7 +150,7 @@ def endless(tokens: int, chunk: int) -> None:
 
 def test_a_few_thousand_tokens_take_the_memory_of_a_few():
     """Catches: a cache that grows, angles that lose their precision with the distance from the start."""
-    endless(1_500, chunk=64)
+    endless(600, chunk=64)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from launched import STEPS, Launched, s2_run
-from runs import read_metrics, write_config
+from runs import read_metrics, train_here, write_config
 
 from longlora_jax import data
 from longlora_jax.config import MeshConfig
@@ -27,6 +27,27 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "launch").iterdir())
 
 
+def assert_same_lines(lines, expected):
+    """The metrics of a run on another mesh."""
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line, expected_line in zip(lines, expected, strict=True):
+        assert line.keys() == expected_line.keys()
+        # Float32 sums over devices come in another order: 1e-7 a sum, which Adam carries on.
+        assert line == pytest.approx(expected_line, rel=2e-6)
+    assert [line["eval/tokens"] for line in lines if "eval/tokens" in line] == [13 * 31] * 2
+
+
+def test_two_processes_have_the_losses_of_one(home, environment, tmp_path):
+    """Catches: a host that reads another's rows, or the same; a shard that lands elsewhere."""
+    config = dataclasses.replace(s2_run(home), save_every=100)
+    train_here(dataclasses.replace(config, mesh=MeshConfig(fsdp=1)), tmp_path, tmp_path / "alone")
+    write_config(tmp_path, config)
+    launched = Launched(environment, tmp_path, 2, 1)
+    assert launched.process.wait(timeout=300) == 0, launched.output()
+    assert_same_lines(read_metrics(launched.workdir), read_metrics(tmp_path / "alone"))
+
+
+@pytest.mark.slow
 def test_losses_do_not_depend_on_processes_or_mesh(home, environment, tmp_path):
     """Catches: a host that reads another's rows, or the same; a shard that lands elsewhere; a checkpoint bound to its
     mesh or its number of hosts; steps reported twice or never; survivors of a lost process that hang or do not say why.
@@ -48,13 +69,7 @@ def test_losses_do_not_depend_on_processes_or_mesh(home, environment, tmp_path):
     _, err = alone.communicate()
     assert alone.returncode == 0, err
 
-    expected, lines = read_metrics(tmp_path / "alone"), read_metrics(resumed.workdir)
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    for line, expected_line in zip(lines, expected, strict=True):
-        assert line.keys() == expected_line.keys()
-        # Float32 sums over devices come in another order: 1e-7 a sum, which Adam carries on.
-        assert line == pytest.approx(expected_line, rel=2e-6)
-    assert [line["eval/tokens"] for line in lines if "eval/tokens" in line] == [13 * 31] * 2
+    assert_same_lines(read_metrics(resumed.workdir), read_metrics(tmp_path / "alone"))
     written = [path.name for path in resumed.workdir.glob("events.out.tfevents.*")]
     assert len(written) == 2, written  # one a start: the first process alone
 
@@ -98,7 +113,15 @@ def test_a_coordinator_that_is_not_there(home, environment, tmp_path):
     assert ended.stderr.startswith("error: process 0 was not reached at localhost:")
 
 
-@pytest.mark.parametrize("how", ["killed", "the first killed", "stopped", "bug"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "killed",
+        pytest.param("the first killed", marks=pytest.mark.slow),
+        pytest.param("stopped", marks=pytest.mark.slow),
+        "bug",
+    ],
+)
 def test_what_ends_one_process_ends_all(how, environment):
     """Catches: survivors that hang, or that stop without a word or with another code; a silent first process."""
     environment, port = environment | {"PYTHONPATH": str(ROOT)}, str(free_port())

@@ -53,6 +53,7 @@ def test_sigterm_saves_the_step_and_says_again(home, environment, tmp_path):
         assert (f"resumed at step {saved[0]}\n" in out) == bool(before)
 
 
+@pytest.mark.slow
 def test_one_host_is_told_and_all_save_the_same_step(home, environment, tmp_path):
     """Catches: hosts that end at different steps, wait for each other for good, or of which one is "lost"."""
     changes = {"batch_size": 4, "accumulation": 1, "eval": EvalConfig(), "steps": 5000, "save_every": 5000}

@@ -7,6 +7,7 @@ import pytest
 from runs import longlora, read_metrics
 
 import convert_weights
+from longlora_jax.config import DataConfig, EvalConfig, MeshConfig
 from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
 from longlora_jax.training import run
@@ -20,11 +21,10 @@ TOKENS = ("<tool>", "<|call|>")
 def config(home, tmp_path):
     """A run on a text that has the tokens."""
     (tmp_path / "text.txt").write_text("pear <tool>quince<|call|> rowan " * 200)
-    config = longlora(home, steps=2, save_every=2, new_tokens=TOKENS)
-    evaluation = dataclasses.replace(config.eval, every=0)
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, path=str(tmp_path / "text.txt")), eval=evaluation
-    )
+    data = DataConfig(source="text", path=str(tmp_path / "text.txt"))
+    config = longlora(home, steps=2, save_every=2, new_tokens=TOKENS, data=data, eval=EvalConfig())
+    attention = dataclasses.replace(config.attention, full_last=0.0)
+    return dataclasses.replace(config, attention=attention, mesh=MeshConfig(fsdp=1))  # one step to compile
 
 
 def test_new_tokens_are_trained_and_exported(train, home, config, tmp_path):

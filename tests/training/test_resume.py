@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from runs import longlora, read_metrics, write_config
 
-from longlora_jax.config import DataConfig, OptimConfig
+from longlora_jax.config import DataConfig, EvalConfig, MeshConfig, OptimConfig
 from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
 from longlora_jax.resilience.lock import LOCK, WorkdirLock
@@ -22,11 +22,17 @@ from longlora_jax.training import optim, run
 from longlora_jax.weights.load import load_model, read_run_config
 
 
+def plain(home, **changes):
+    """A run of one compiled step: one device, one attention pattern, no evaluation."""
+    config = longlora(home, mesh=MeshConfig(fsdp=1), eval=EvalConfig(), **changes)
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, full_last=0.0))
+
+
 @pytest.fixture
 def moved(home, tmp_path):
     """(a copy of the base, a config that starts from it): to be moved away."""
     shutil.copytree(home / "base", tmp_path / "base")
-    return tmp_path / "base", longlora(home, steps=4, save_every=2, init_from=str(tmp_path / "base"))
+    return tmp_path / "base", plain(home, steps=4, save_every=2, init_from=str(tmp_path / "base"))
 
 
 def refused(train, config, workdir, capsys) -> str:
@@ -61,7 +67,7 @@ def test_a_base_that_was_moved_is_the_same_base(train, fake, moved, tmp_path, ca
 
 def test_memory_and_reporting_are_free_on_resume(train, fake, home, tmp_path, capsys):
     """Catches: a run that must be given up because one device more, or one more evaluation, is there."""
-    config = longlora(home, steps=4, save_every=2)
+    config = longlora(home, steps=4, save_every=2, mesh=MeshConfig(fsdp=1))
     train(config, tmp_path / "work")
     os.rename(tmp_path / "work" / "checkpoints" / "4", tmp_path / "undone")
     more = {"log_every": 2, "save_every": 1, "chunks": 2, "loss_chunk": 7, "accumulation": 1, "remat": "block"}
@@ -75,8 +81,7 @@ def test_memory_and_reporting_are_free_on_resume(train, fake, home, tmp_path, ca
 
 def test_steps_may_grow_where_the_schedule_does_not_depend_on_them(train, fake, home, tmp_path, capsys):
     """Catches: a cosine that is bent in the middle of a run, and a constant rate that is refused 500 steps more."""
-    constant = longlora(home, steps=2, optim=OptimConfig(learning_rate=1e-3, warmup_steps=1))
-    constant = dataclasses.replace(constant, attention=dataclasses.replace(constant.attention, full_last=0.0))
+    constant = plain(home, steps=2, optim=OptimConfig(learning_rate=1e-3, warmup_steps=1))
     train(constant, tmp_path / "work")
     train(dataclasses.replace(constant, steps=5), tmp_path / "work")
     assert [line["step"] for line in read_metrics(tmp_path / "work")] == [1, 2, 3, 4, 5]
@@ -88,7 +93,7 @@ def test_steps_may_grow_where_the_schedule_does_not_depend_on_them(train, fake, 
 
 def test_continue_from_begins_with_weights_and_moments(train, home, tmp_path, capsys):
     """Catches: moments that start anew, a schedule or a data position that is carried on, another base or adapter."""
-    config = longlora(home, steps=3, save_every=3, eval=dataclasses.replace(longlora(home).eval, every=0))
+    config = plain(home, steps=3, save_every=3)
     train(config, tmp_path / "first")
     (tmp_path / "other.txt").write_text("sloe and rowan, " * 600)
     optimizer = OptimConfig(learning_rate=5e-4, warmup_steps=1, embedding_learning_rate=1e-4)
@@ -122,7 +127,8 @@ def test_the_best_step_is_kept_and_a_run_without_gain_ends(train, fake, script, 
     """Catches: a best step that newer ones push out or a restart forgets, and patience that starts anew."""
     losses = [3.0, 2.0, 2.5, float("nan"), 2.4, 1.0]
     monkeypatch.setattr(script, "Evaluation", lambda *_: lambda *_: {"eval/loss": losses.pop(0)})
-    config = longlora(home, steps=6, save_every=100, keep_checkpoints=1, keep_best=True, early_stop=3)
+    changes = {"keep_checkpoints": 1, "keep_best": True, "early_stop": 3, "mesh": MeshConfig(fsdp=1)}
+    config = longlora(home, steps=6, save_every=100, **changes)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=1))
     train(dataclasses.replace(config, early_stop=2), tmp_path / "work")  # ends at step 4, done
     steps = lambda: sorted(int(p.name) for p in (tmp_path / "work" / "checkpoints").iterdir())  # noqa: E731
@@ -149,12 +155,12 @@ with WorkdirLock({str(workdir)!r}) as lock:
 """
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    line = refused(train, longlora(home, steps=2), workdir, capsys)
+    line = refused(train, plain(home, steps=2), workdir, capsys)
     assert f"is in use by process {holder.pid} on " in line
     assert sorted(p.name for p in workdir.iterdir()) == [LOCK]
     holder.kill()
     holder.wait()
-    train(longlora(home, steps=2), workdir)
+    train(plain(home, steps=2), workdir)
     with WorkdirLock(str(workdir)) as lock:
         lock.acquire()
 
@@ -193,7 +199,7 @@ def test_a_token_without_a_row_is_named(train, fake, home, tmp_path, capsys):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["p"] = 600  # a hole: 257 tokens, the largest id 600
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    config = longlora(home, steps=2)
+    config = plain(home, steps=2)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder)))
     assert "the data holds token 600" in refused(train, config, tmp_path / "work", capsys)
 
@@ -206,8 +212,7 @@ def test_steps_that_are_all_bad_are_no_success(train, home, tmp_path, capsys):
     params = jax.tree.map(np.asarray, model.params)
     params["norm"]["scale"] = np.full_like(params["norm"]["scale"], np.nan)
     save_hf(str(tmp_path / "base"), model.config, params, tokenizer_from=str(home / "base"))
-    config = longlora(home, steps=2, init_from=str(tmp_path / "base"))
-    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=0))
+    config = plain(home, steps=2, init_from=str(tmp_path / "base"))
     assert "steps 1 to 2 were skipped" in refused(train, config, tmp_path / "work", capsys)
     for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(word))

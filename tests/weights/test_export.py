@@ -2,16 +2,19 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import train_here
 
+import convert_weights
 from longlora_jax.attention.rope import RopeScaling
 from longlora_jax.config import from_dict
+from longlora_jax.config_file import read_config
 from longlora_jax.data import HELD_OUT, load_tokenizer, read_documents
+from longlora_jax.errors import UserError
+from longlora_jax.evals import perplexity
 from longlora_jax.weights import hf
 from longlora_jax.weights.load import load_model, open_model
 from longlora_jax.weights.rules import build_params
@@ -20,21 +23,25 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
+BASE = ROOT / "models" / "tiny-python-llama"
 LENGTH = 512
 
 
-def run(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+def extend(workdir, *flags, base=BASE):
+    """Runs configs/quickstart.py with so many flags on little data."""
+    flags = [f"--config.{flag}" for flag in (*flags, "data.max_tokens=9000", f"init_from={base}")]
+    train_here(read_config(str(ROOT / "configs" / "quickstart.py"), flags), workdir.parent, workdir)
+
+
+def convert(*command):
+    convert_weights.main([str(word) for word in command])
 
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """The shipped LLaMA after a few steps at twice its window: adapters, embedding and norms all moved."""
     folder = tmp_path_factory.mktemp("run")
-    short = [f"--config.{flag}" for flag in (f"seq_len={LENGTH}", "steps=4", "data.max_tokens=9000")]
-    run("train.py", "--config=configs/quickstart.py", f"--workdir={folder / 'work'}", *short)
+    extend(folder / "work", f"seq_len={LENGTH}", "steps=4")
     return folder / "work"
 
 
@@ -44,14 +51,14 @@ def exported(workdir):
     folders = {}
     for dtype in ("", "float32"):
         folders[dtype] = workdir.parent / f"hf{dtype}"
-        run("convert_weights.py", "to-hf", workdir, folders[dtype], *(["--dtype", dtype] if dtype else []))
+        convert("to-hf", workdir, folders[dtype], *(["--dtype", dtype] if dtype else []))
     return folders
 
 
 @pytest.fixture(scope="module")
 def tokens():
     text = next(iter(read_documents("python", "", only=HELD_OUT[:1]))).text
-    return load_tokenizer(str(ROOT / "models" / "tiny-python-llama")).encode(text)[:LENGTH]
+    return load_tokenizer(str(BASE)).encode(text)[:LENGTH]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,7 @@ def text_file(tmp_path_factory, tokens):
 def our_nll(model, text_file, tmp_path):
     out = tmp_path / "ppl.json"
     flags = ("--seq_len", LENGTH, "--max_windows", 1, "--json", out)
-    run("-m", "longlora_jax.evals.perplexity", "--model", model, "--data", text_file, *flags)
+    perplexity.main([str(word) for word in ("--model", model, "--data", text_file, *flags)])
     return json.loads(out.read_text())["results"][0]["nll"]
 
 
@@ -87,7 +94,7 @@ def test_the_exported_model_keeps_the_perplexity_of_the_run(workdir, exported, t
     rounded = our_nll(exported[""], text_file, tmp_path)
     assert their_nll(exported[""], tokens) == pytest.approx(rounded, abs=1e-5)
     assert rounded == pytest.approx(ours, abs=0.02) and rounded != ours
-    assert their_nll(ROOT / "models" / "tiny-python-llama", tokens) > ours + 0.05  # the run had something to lose
+    assert their_nll(BASE, tokens) > ours + 0.05  # the run had something to lose
 
 
 def test_an_export_has_the_dtypes_of_its_base_and_the_window_of_its_run(exported):
@@ -97,7 +104,7 @@ def test_an_export_has_the_dtypes_of_its_base_and_the_window_of_its_run(exported
     content = json.loads((exported[""] / "config.json").read_text())
     assert content["dtype"] == "bfloat16" and content["max_position_embeddings"] == LENGTH
     assert config.rope_scaling == RopeScaling(rope_type="yarn", factor=2.0, original_max_position_embeddings=256)
-    base, _ = hf.open_hf(str(ROOT / "models" / "tiny-python-llama"))
+    base, _ = hf.open_hf(str(BASE))
     assert base.max_position_embeddings == 256 and base.rope_scaling is None
     names = set(os.listdir(exported[""]))
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"} <= names
@@ -115,7 +122,7 @@ def test_merged_equals_unmerged_tensor_by_tensor(workdir):
     found = build_params(lazily.config, lazily.table)
     # One float32 product of rank 8 and one sum, in another order.
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-8), found, merged)
-    base = hf.load_hf(str(ROOT / "models" / "tiny-python-llama"), "float32")[1]
+    base = hf.load_hf(str(BASE), "float32")[1]
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         kernels = (tree["layers"]["self_attn"][name]["kernel"] for tree in (found, base))
         assert np.abs(np.subtract(*kernels)).max() > 1e-5, name
@@ -125,7 +132,7 @@ def test_an_adapter_goes_to_peft_and_comes_back(workdir, text_file, tokens, tmp_
     """Catches: an adapter saved empty or without its embedding, and the rope that PEFT's files have no place for."""
     peft = pytest.importorskip("peft")
     adapter, back = tmp_path / "adapter", tmp_path / "back"
-    run("convert_weights.py", "to-peft", workdir, adapter)
+    convert("to-peft", workdir, adapter)
     # The lines of the adapter's README.
     config = transformers.AutoConfig.from_pretrained(adapter)
     settings = json.loads((adapter / "adapter_config.json").read_text())
@@ -139,7 +146,7 @@ def test_an_adapter_goes_to_peft_and_comes_back(workdir, text_file, tokens, tmp_
     theirs = -log_probs.gather(1, batch[0, 1:, None]).mean().item()
     assert theirs == pytest.approx(our_nll(workdir, text_file, tmp_path), abs=1e-5)
 
-    run("convert_weights.py", "from-peft", adapter, back)
+    convert("from-peft", adapter, back)
     again, straight = open_model(str(back)), open_model(str(workdir))
     assert again.config == straight.config
     for name, tensor in straight.table.items():
@@ -149,19 +156,15 @@ def test_an_adapter_goes_to_peft_and_comes_back(workdir, text_file, tokens, tmp_
 
 def test_only_a_run_with_adapters_goes_to_peft(tmp_path):
     """Catches: a folder of nothing for a model that was trained whole."""
-    command = [sys.executable, "convert_weights.py", "to-peft", "models/tiny-python-llama", str(tmp_path / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "tiny-python-llama is not a workdir of train.py" in done.stderr
+    with pytest.raises(UserError, match="tiny-python-llama is not a workdir of train.py"):
+        convert("to-peft", BASE, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_second_extension_starts_from_the_original_window(workdir, exported, tmp_path):
     """Catches: 256 extended by 2 and by 4 again that is taken for 512 extended by 4."""
-    longer = ("--config.seq_len=2048", "--config.steps=1", "--config.data.max_tokens=9000")
-    run(
-        "train.py", "--config=configs/quickstart.py", f"--workdir={tmp_path / 'work'}", *longer,
-        f"--config.init_from={exported['']}", "--config.rope.type=linear",
-    )  # fmt: skip
+    extend(tmp_path / "work", "seq_len=2048", "steps=1", "rope.type=linear", base=exported[""])
     saved = json.loads((tmp_path / "work" / "config.json").read_text())
     assert saved["model"]["max_position_embeddings"] == 2048
     scaling = from_dict(RopeScaling, saved["model"]["rope_scaling"])

@@ -200,7 +200,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("wanted, others", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "wanted, others",
+    [pytest.param(*CASES[name], id=name, marks=pytest.mark.slow if name == "bin" else ()) for name in CASES],
+)
 def test_what_is_fetched(tmp_path, wanted, others):
     """Catches: weights fetched in two formats, .bin weights or a tokenizer left behind, a cache that needs the hub."""
     with Hub({"org/name": {"main": others | wanted}}) as hub:
@@ -232,6 +235,7 @@ def test_revision(tmp_path):
     assert "`hf download org/name --revision v3 --local-dir DIR`" in fetch(hub.url, tmp_path, "org/name@v3").error
 
 
+@pytest.mark.slow
 def test_interrupted(tmp_path):
     """Catches: a download that starts over, a cut file taken for whole, a part of a model taken from the cache."""
     lost = "model-00001-of-00002.safetensors"
@@ -279,7 +283,12 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("refusal, message", REFUSALS.items(), ids=str)
+def every_second_slow(cases: dict) -> list:
+    marks = [(), pytest.mark.slow]
+    return [pytest.param(*case, id=str(case[0]), marks=marks[i % 2]) for i, case in enumerate(cases.items())]
+
+
+@pytest.mark.parametrize("refusal, message", every_second_slow(REFUSALS))
 def test_refusals(tmp_path, refusal, message):
     """Catches: a traceback, a message of many lines, the remedy for another fault, warnings of huggingface_hub."""
     with Hub({"org/name": {"main": SMALL | SHARDS}}, lambda path: refusal if refusal.where in path else None) as hub:

