@@ -20,7 +20,9 @@ from jax.sharding import PartitionSpec as P
 from longlora_jax.model.codes import NESTED_BLOCK, TABLES, Layout, Quantization
 
 KERNEL = "kernel"
-_OVER_TENSOR = dict.fromkeys(("heads", "kv_heads", "mlp"), "tensor")  # what stays cut when a kernel is gathered
+_OVER_TENSOR: dict[str, str] = dict.fromkeys(
+    ("heads", "kv_heads", "mlp"), "tensor"
+)  # what stays cut when a kernel is gathered
 
 
 class Quantized(flax.struct.PyTreeNode):

@@ -1,5 +1,6 @@
 """Which runs the paper's tables are made of: names, what each changes in configs/paper.py, and the paper's numbers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from longlora_jax.errors import UserError
@@ -18,7 +19,7 @@ class Row:
 
     name: str
     label: str
-    changes: dict[str, object]
+    changes: Mapping[str, object]
     share: float = 1.0
     paper: str = ""
 

@@ -56,7 +56,7 @@ def open_gguf(path: str, dtype: str = "float32") -> tuple[ModelConfig, dict[str,
 
 def _our_name(arch: Architecture, name: str) -> str:
     """LLaMA's name of a tensor; an unknown name stays as it is and is refused later."""
-    names = LAYER_NAMES | arch.names
+    names = {**LAYER_NAMES, **arch.names}
     if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, kind = found.groups()
         return f"model.layers.{layer}.{names[part]}.{kind}" if part in names else name

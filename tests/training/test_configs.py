@@ -45,11 +45,12 @@ def resolved(config: Config) -> Config:
 
 
 def abstract_run(path: Path):
-    """(Config, TrainState, frozen) of a file, as shapes."""
+    """(Config, Llama, TrainState, frozen) of a file, as shapes."""
     config = load(path)
     validate(config)
     config = resolved(config)
-    return config, *run.abstract_state(config, run.build_model(config))
+    model = run.build_model(config)
+    return config, model, *run.abstract_state(config, model)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def abstract_run(path: Path):
 )
 def test_config_lowers(path):
     """Catches a config that names a field or a shape that does not exist, before somebody pays for a pod."""
-    config, state, frozen = abstract_run(path)
+    config, _, state, frozen = abstract_run(path)
     rows = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32)
     batch = {"tokens": rows, "positions": rows, "loss_mask": rows}
     lowered = jax.jit(train_step, donate_argnums=0).lower(state, frozen, batch)
@@ -72,7 +73,7 @@ def test_config_lowers(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_config_loads(path):
     """Catches a config that names a field that does not exist, a preset with one wrong size."""
-    _, state, frozen = abstract_run(path)
+    _, model, state, _ = abstract_run(path)
     for name, parameters in PARAMETERS.items():
         if path.stem.startswith(name):
             adapters = sum(
