@@ -89,7 +89,7 @@ def ggufs() -> Cases:
     odd = dict.fromkeys(sizes, numbers) | dict.fromkeys(floats, [-1, -1.0, "8", [8.0], True, *numbers[-4:-1]])
     odd |= {
         "llama.attention.key_length": numbers,
-        "llama.attention.sliding_window": ["8", [8], 8, float("nan")],
+        "llama.attention.sliding_window": ["8", [8], -8, float("nan")],
         "llama.expert_count": ["8", [8], 8],
         "llama.rope.scaling.type": [5, [5], True, "x" * 5000, "\x1b[2J", "\n", "yarn\n", "llama3"],
         "llama.rope.scaling.original_context_length": [-1, 2**31, 1.5, "8", [8], float("nan")],
