@@ -12,6 +12,7 @@ from longlora_jax.attention.rope import ROPE_TYPES
 from longlora_jax.data_config import DataConfig, data_faults, part_faults, same_rows
 from longlora_jax.errors import UserError
 from longlora_jax.fields import type_faults
+from longlora_jax.files import one_line
 from longlora_jax.model_config import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig, ModelConfig
 
 MODES = ("longlora", "lora", "lora_norm", "lora_embedding", "full")
@@ -213,7 +214,7 @@ def validate(config: Config) -> None:
         )
     if unknown := set(config.lora.targets) - {*ATTENTION_TARGETS, *MLP_TARGETS}:
         known = ", ".join((*ATTENTION_TARGETS, *MLP_TARGETS))
-        faults.append(f"lora.targets holds {', '.join(sorted(unknown))}: use names out of {known}")
+        faults.append(f"lora.targets holds {one_line(', '.join(sorted(unknown)), 200)}: use names out of {known}")
     if not 0 <= config.lora.dropout < 1:
         faults.append(f"lora.dropout={config.lora.dropout} must be at least 0 and below 1")
     if not 0 <= config.neftune_alpha < math.inf:

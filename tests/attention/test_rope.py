@@ -398,7 +398,7 @@ BAD_CONFIGS = {
     "beta as text": ({"rope_type": "yarn", "factor": 2.0, "beta_fast": "32"}, ["beta_fast='32'"]),
     "not an object": ("linear", ["'linear'"]),
     "by layer type": ({"full_attention": {"rope_type": "default"}}, ["flat"]),
-    "part of a head": ({"rope_type": "default", "partial_rotary_factor": 0.5}, ["partial_rotary"]),
+    "part of a head": ({"rope_type": "default", "partial_rotary_factor": "half"}, ["partial_rotary"]),
     "theta as text": ({"rope_type": "default", "rope_theta": "1e4"}, ["rope_theta='1e4'"]),
 }
 

@@ -127,7 +127,7 @@ def text(content: bytes):
 
 FAULTS = {
     "group": ({"attention": AttentionConfig(group_size=12)}, None, "seq_len=32 is not a multiple of group_size=12"),
-    "mode": ({"mode": "LORA"}, None, "use one of longlora, lora, full"),
+    "mode": ({"mode": "LORA"}, None, "use one of longlora, lora, lora_norm, lora_embedding, full"),
     "no model": ({"init_from": "", "model": None}, None, "set init_from to a model's folder"),
     "no base": ({"init_from": "{here}/nothing"}, None, "nothing is not a folder"),
     "truncated": ({"init_from": "{here}/base"}, truncate, "model.safetensors is damaged or cut off"),
@@ -143,7 +143,7 @@ FAULTS = {
         text(b"pear"),
         "longer than the corpus (5 tokens)",
     ),
-    "devices": ({"batch_size": 12}, None, "6 rows a step cannot be cut"),
+    "devices": ({"batch_size": 12, "mesh": MeshConfig(auto=False)}, None, "6 rows a step cannot be cut"),
 }
 
 

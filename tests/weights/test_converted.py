@@ -1,5 +1,6 @@
 """Converted checkpoints: bit-exact, digested, resumed; orbax reads them; nothing incomplete looks complete."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -237,8 +238,11 @@ def test_a_killed_conversion_goes_on_and_an_export_starts_clean(big, tmp_path):
     source, out, aside = big, tmp_path / "out", tmp_path / ".out.incomplete"
 
     def size():
-        files = [os.path.join(parent, name) for parent, _, names in os.walk(aside) for name in names]
-        return sum(os.path.getsize(file) for file in files if os.path.exists(file))
+        total = 0
+        for file in (os.path.join(parent, name) for parent, _, names in os.walk(aside) for name in names):
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed since it was listed
+                total += os.path.getsize(file)
+        return total
 
     def kill_at(process, limit):
         while process.poll() is None and size() < limit:
