@@ -289,11 +289,15 @@ def test_memory_does_not_grow_with_the_model(big, tmp_path):
 
 def test_ctrl_c_is_one_line(big, tmp_path):
     """Catches: a traceback for a user who stops what may be gone on with."""
-    process = convert("from-hf", big, tmp_path / "out", start_new_session=True)
-    while not (tmp_path / ".out.incomplete" / "params" / "norm.scale").exists():
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
+    for _ in range(5):  # on a busy machine the signal may come when all is done
+        process = convert("from-hf", big, tmp_path / "out", start_new_session=True)
+        while process.poll() is None and not (tmp_path / ".out.incomplete" / "params" / "norm.scale").exists():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        if process.returncode != 0:
+            break
+        shutil.rmtree(tmp_path / "out")
     assert process.returncode == 130 and out == "" and err.splitlines()[-1] == "stopped", err
     assert "Traceback" not in err and not (tmp_path / "out").exists()
 
