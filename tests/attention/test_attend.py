@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jaxpr_arrays
 import numpy as np
 import pytest
-from arrays import F32, QUICK, assert_close, random_qkv, random_segments, run
+from arrays import F32, QUICK, assert_close, random_qkv, random_segments, run, same_segment
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -23,10 +23,6 @@ from longlora_jax.attention.patterns import FULL, GROUPED, PATTERNS, Pattern
 
 def pattern_of(name, g):
     return FULL if name == "full" else Pattern(name, g)
-
-
-def same_segment(segments):
-    return True if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
 
 
 def with_blocks(block):

@@ -2,15 +2,14 @@
 
 import re
 
+import brute_force
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import F32, assert_close, mesh_of, random_qkv, random_segments, run
+from arrays import F32, assert_close, mesh_of, random_qkv, random_segments, run, same_segment
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlora_jax.attention.attend import attend
 from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, NOTHING, TURNS, attend_on_mesh, exchange
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.errors import UserError
@@ -68,11 +67,11 @@ def test_a_mesh_attends_as_one_device(name, packed):
     pattern, axes, (b, t, n, k), how = CASES[name]
     assert exchange(pattern, t, n, k, axes.get("context", 1)) == how
     mesh = mesh_of(**axes)
-    arrays = random_qkv(0, b, t, n, k, 6)
-    segments = jnp.asarray(random_segments(1, b, t)) if packed else None
-    ours = run(lambda q, k, v: attend_on_mesh(q, k, v, pattern, mesh, segment_ids=segments), *arrays)
-    alone = run(lambda q, k, v: attend(q, k, v, pattern, segment_ids=segments), *arrays)
-    assert_close(ours, alone, **F32)
+    qkv = random_qkv(0, b, t, n, k, 6)
+    segments = random_segments(1, b, t) if packed else None
+    ours = run(lambda *x: attend_on_mesh(*x, pattern, mesh, segment_ids=segments), *qkv)
+    seen = brute_force.mask(pattern.name, pattern.group_size, heads=n, t=t)[None] & same_segment(segments)
+    assert_close(ours, brute_force.attention(*qkv[:3], seen, qkv[3], pattern.softcap), **F32)
 
 
 def collectives(compiled):

@@ -63,9 +63,9 @@ def test_short_segments_see_all_of_themselves(name, below):
 def test_on_a_mesh_too(g, axes):
     """Catches: a short segment that loses what lies on the device before, or takes the last device for the first's."""
     pattern, mesh = Pattern("s2", g, 7, softcap=0.9), mesh_of(**axes)
-    arrays, segments = random_qkv(1, 2, 64, 4, 4, 6), jnp.asarray(SEGMENTS)
-    ours = run(lambda q, k, v: attend_on_mesh(q, k, v, pattern, mesh, segment_ids=segments), *arrays)
-    assert_close(ours, run(lambda q, k, v: attend(q, k, v, pattern, segment_ids=segments), *arrays), **F32)
+    qkv = random_qkv(1, 2, 64, 4, 4, 6)
+    ours = run(lambda *x: attend_on_mesh(*x, pattern, mesh, segment_ids=jnp.asarray(SEGMENTS)), *qkv)
+    assert_close(ours, brute_force.attention(*qkv[:3], oracle_mask("s2", g, 7, 4), qkv[3], pattern.softcap), **F32)
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")

@@ -33,6 +33,11 @@ def random_segments(seed, b, t):
     return np.stack(rows).astype(np.int32)
 
 
+def same_segment(segments):
+    """Who is in one segment with whom: booleans that broadcast to [b, n, t, t]; True for rows without segments."""
+    return True if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+
+
 def run(function, q, k, v, d_out, options=QUICK):
     """function(q, k, v) and its gradients, compiled as one: out, d_q, d_k, d_v."""
 
