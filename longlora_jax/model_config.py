@@ -43,8 +43,11 @@ class ModelConfig:
     gated_mlp: bool = True  # down(act(gate x) * up x), or down(act(up x))
     norm: str = "rms"  # rms | rms_unit_offset (scales by 1 + w) | layer (subtracts the mean, adds a bias)
     norm_placement: str = "pre"  # pre | post (of what a block adds) | both
-    qk_norm: str = ""  # of q and k before they are rotated: head (each head) | projection (all heads at once) | ""
+    # Of q and k before they are rotated: head (each head) | own_head (each, by a scale of its own) | projection (all
+    # heads at once) | "".
+    qk_norm: str = ""
     use_parallel_residual: bool = False  # attention and MLP both read the block's input
+    shared_norm: bool = False  # and both by input_layernorm, the block's only norm
     partial_rotary_factor: float = 1.0  # the share of a head's first features that is rotated
     sliding_window: int | None = None  # tokens that sliding_attention layers see, themselves included
     layer_types: tuple[str, ...] = ()  # full_attention | sliding_attention of each layer; (): all full

@@ -23,17 +23,19 @@ def _declare(module: nn.Module, name: str, init_fn, axes: tuple[str, ...], shape
 
 
 class NormWeights(nn.Module):
-    """The weights of a Norm: a scale and, of a LayerNorm, a bias."""
+    """The weights of a Norm: a scale and, of a LayerNorm, a bias; each_head: a scale [N, H], and heads one by one."""
 
     config: ModelConfig
+    each_head: bool = False
 
     @nn.compact
     def __call__(self, *features: int) -> Norm:
         c, axes = self.config, ("norm",) * len(features)
         neutral = nn.initializers.zeros if c.norm == "rms_unit_offset" else nn.initializers.ones
         scale = _declare(self, "scale", neutral, axes, features)
-        bias = _declare(self, "bias", nn.initializers.zeros, axes, features) if c.norm == "layer" else None
-        return Norm(scale, bias, eps=c.rms_norm_eps, kind=c.norm)
+        has_bias = c.norm == "layer" and not self.each_head
+        bias = _declare(self, "bias", nn.initializers.zeros, axes, features) if has_bias else None
+        return Norm(scale, bias, eps=c.rms_norm_eps, kind=c.norm, over=1 if self.each_head else None)
 
 
 class Projection(nn.Module):

@@ -65,8 +65,9 @@ class Attention(nn.Module):
         v = linear(kv_heads, ("embed", "kv_heads", "head_dim"), use_bias=bias, name="v_proj")(d)
         q_norm = k_norm = lambda x: x
         if c.qk_norm:
-            shapes = (heads, kv_heads) if c.qk_norm == "projection" else (heads[1:], kv_heads[1:])
-            q_norm, k_norm = (NormWeights(c, name=f"{x}_norm")(*shape) for x, shape in zip("qk", shapes, strict=True))
+            shapes = (heads[1:], kv_heads[1:]) if c.qk_norm == "head" else (heads, kv_heads)
+            of = functools.partial(NormWeights, c, c.qk_norm == "own_head")
+            q_norm, k_norm = (of(name=f"{x}_norm")(*shape) for x, shape in zip("qk", shapes, strict=True))
         rescale = c.score_scale * c.head_dim**0.5  # kernels scale by 1 / sqrt(H)
 
         def project(q, k, v, x):
@@ -100,7 +101,7 @@ class Attention(nn.Module):
         """{chunks, parts} of over_heads."""
         c, mesh = self.config, self.mesh
         parts = 1 if self.pattern.name in ALIKE else 2
-        whole = self.pattern.name in ABLATIONS or c.qk_norm == "projection"
+        whole = self.pattern.name in ABLATIONS or c.qk_norm in ("projection", "own_head")
         if self.chunks == 1 or whole or (mesh and mesh.shape["tensor"] > 1):
             return {"chunks": 1, "parts": parts}
         context = mesh.shape["context"] if mesh else 1
@@ -156,9 +157,12 @@ class Block(nn.Module):
         x = checkpoint_name(constrain(x, self.mesh), "block_input")
         how = (c, self.lora, self.pattern, self.mesh, self.chunks, self.quantization)
         attention = Attention(*how, name="self_attn")
-        y, o, cache = attention(x, norm("input_layernorm", pre), kinds, cos, sin, segment_ids, cache)
+        before_attention = norm("input_layernorm", pre)
+        y, o, cache = attention(x, before_attention, kinds, cos, sin, segment_ids, cache)
         after_attention = norm("post_attention_layernorm", post)
-        before_mlp = norm("pre_feedforward_layernorm" if post else "post_attention_layernorm", pre)
+        before_mlp = before_attention
+        if not c.shared_norm:
+            before_mlp = norm("pre_feedforward_layernorm" if post else "post_attention_layernorm", pre)
         mlp = MLP(c, self.lora, self.mesh, self.quantization, name="mlp")()
 
         def add(x, y, norm: Norm | None):

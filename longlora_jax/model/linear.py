@@ -34,7 +34,9 @@ def project(x, kernel, input_axes: int = 1, *, merge: bool = True):
 
 
 class Norm(flax.struct.PyTreeNode):
-    """A normalization of the last axis, computed in float32. scale: [D], or of several axes together; bias: likewise.
+    """A normalization of the last axes, computed in float32. scale: [D] or [N, D]; bias: likewise.
+
+    over: how many of the last axes are normalized together, all of scale's for None.
 
     kind: rms, x / rms(x) * scale (arXiv:1910.07467); rms_unit_offset, times 1 + scale, rounded once (Gemma's); layer,
     (x - mean) / std * scale + bias (arXiv:1607.06450).
@@ -44,10 +46,11 @@ class Norm(flax.struct.PyTreeNode):
     bias: jax.Array | None
     eps: float = flax.struct.field(pytree_node=False)
     kind: str = flax.struct.field(pytree_node=False)
+    over: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def __call__(self, x):
         """x: [..., *scale.shape]."""
-        axes = tuple(range(-self.scale.ndim, 0))
+        axes = tuple(range(-(self.over or self.scale.ndim), 0))
         x32 = x.astype(jnp.float32)
         if self.kind == "layer":
             x32 -= jnp.mean(x32, axis=axes, keepdims=True)

@@ -84,7 +84,7 @@ _KIND_FIELDS: _Fields = {
     ),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), _is_positive),
     **dict.fromkeys(("logits_scaling", "partial_rotary_factor"), _is_positive),
-    **dict.fromkeys(("use_sliding_window", "use_parallel_residual"), _is_switch),
+    **dict.fromkeys(("use_sliding_window", "use_parallel_residual", "qk_layernorm"), _is_switch),
     "max_window_layers": _is_number,
 }
 _LAYER_TYPES = {"full_attention", "sliding_attention"}

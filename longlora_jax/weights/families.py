@@ -58,7 +58,8 @@ class Family:
     where config.json leaves it out. always: fields of ModelConfig that all of its models have. same: keys that are
     fields of ModelConfig under their own name. reads(raw) gives further fields of ModelConfig, writes(config)
     further keys of config.json. known: keys that these two take care of. rope_type: what rope.type=auto makes of a
-    model that was never scaled. renames: parts of names in its files, {ours: theirs}; fused: what they store in one.
+    model that was never scaled. renames: parts of names in its files, {ours: theirs}; fused: what they store in one;
+    each_head: {ours: theirs} of a norm that they store head by head, as "{theirs}.norms.{head}".
     """
 
     architecture: str
@@ -71,6 +72,7 @@ class Family:
     rope_type: str = "linear"
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: tuple[Fused, ...] = ()
+    each_head: Mapping[str, str] = field(default_factory=dict)
 
 
 BIASES = ("attention_bias", "mlp_bias")
@@ -209,7 +211,8 @@ FAMILIES: dict[str, Family] = {
         always={"norm": "layer"},
         reads=reads_stablelm,
         writes=writes_stablelm,
-        known=("partial_rotary_factor",),
+        known=("partial_rotary_factor", "qk_layernorm", "use_parallel_residual"),
+        each_head={"self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm"},
     ),
     "gpt_neox": Family(
         "GPTNeoXForCausalLM",

@@ -131,8 +131,14 @@ def writes_gemma3(config: ModelConfig) -> Raw:
 
 
 def reads_stablelm(raw: Raw) -> Raw:
-    """Biases and the share of a head that is rotated."""
-    return {"qkv_bias": raw["use_qkv_bias"]} | partial_rotary(raw)
+    """Biases, the share of a head that is rotated, a norm for every head of q and k, one norm a block."""
+    parallel = bool(raw.get("use_parallel_residual"))
+    return {
+        "qkv_bias": raw["use_qkv_bias"],
+        "qk_norm": "own_head" if raw.get("qk_layernorm") else "",
+        "use_parallel_residual": parallel,
+        "shared_norm": parallel,
+    } | partial_rotary(raw)
 
 
 def writes_stablelm(config: ModelConfig) -> Raw:
@@ -141,8 +147,8 @@ def writes_stablelm(config: ModelConfig) -> Raw:
         "layer_norm_eps": config.rms_norm_eps,
         "use_qkv_bias": config.qkv_bias,
         "partial_rotary_factor": config.partial_rotary_factor,
-        "qk_layernorm": False,
-        "use_parallel_residual": False,
+        "qk_layernorm": config.qk_norm == "own_head",
+        "use_parallel_residual": config.use_parallel_residual,
     }
 
 

@@ -4,6 +4,7 @@ Keys and tensor names are those of llama.cpp's convert_hf_to_gguf.py, read by it
 architectures have otherwise than a LLaMA is in gguf_families.py.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -80,7 +81,8 @@ def _type_faults(tensors: list[ReaderTensor]) -> Iterator[str]:
 
 
 def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
-    return tuple(tensor.shape.tolist()[::-1])
+    shape = tuple(tensor.shape.tolist()[::-1])
+    return (math.prod(shape),) if tensor.name.endswith(("attn_q_norm.weight", "attn_k_norm.weight")) else shape
 
 
 def _array(tensor: ReaderTensor, rows: slice = slice(None)) -> np.ndarray:
@@ -122,7 +124,7 @@ def _slices(sizes: Iterable[int]) -> Iterator[slice]:
 def _tensor(
     arch: Architecture, name: str, tensor: ReaderTensor, shape: tuple[int, ...], rows: slice, config: ModelConfig
 ) -> Tensor:
-    return Tensor(DTYPES["float32"], shape, lambda: _weight(arch, name, _array(tensor, rows), config))
+    return Tensor(DTYPES["float32"], shape, lambda: _weight(arch, name, _array(tensor, rows), config).reshape(shape))
 
 
 def _weight(arch: Architecture, name: str, array: np.ndarray, config: ModelConfig) -> np.ndarray:

@@ -99,10 +99,10 @@ def read_config(meta: Metadata, shapes: Shapes, divisors: Divisors) -> ModelConf
     switches = {key: meta.own(key) for key in arch.switches}
     faults += [f"{meta.key(k)} is {v!r}, it must be true or false" for k, v in switches.items() if v is None]
     refuse(meta.path, faults)
-    raw |= switches | arch.reads(meta.own, raw)
+    raw |= switches | arch.tell(shapes) | arch.reads(meta.own, raw)
     raw["sliding_window"] = raw["sliding_window"] and int(raw["sliding_window"])
     refuse(meta.path, config_faults(raw, kind))
-    refuse(meta.path, family_faults(raw, kind) + _lacking(arch, shapes, raw["num_hidden_layers"]))
+    refuse(meta.path, family_faults(raw, kind))
     config = config_of(kind, raw, theta)
     refuse(meta.path, rope_faults(config))
     config.rope_scaling = _rope_scaling(meta, divisors, config)
@@ -145,14 +145,6 @@ def _is_neutral(value: Any, usual: Any) -> bool:
     if type(value) not in (int, float):
         return False
     return value == 0 or usual is not None and math.isclose(value, usual, rel_tol=1e-4)
-
-
-def _lacking(arch: Architecture, shapes: Shapes, layers: int) -> list[str]:
-    return [
-        f"its blocks have no {part}: {what}, which is not computed here"
-        for part, what in arch.needs.items()
-        if not any(f"model.layers.{i}.{part}.weight" in shapes for i in range(layers))
-    ]
 
 
 def _rope_scaling(meta: Metadata, divisors: Divisors, config: ModelConfig) -> RopeScaling | None:

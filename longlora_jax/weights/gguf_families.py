@@ -15,6 +15,10 @@ Raw = dict[str, Any]
 Own = Callable[..., Any]  # own(key, default): the value of a key that begins with the architecture's name
 
 
+def _nothing_told(shapes: Mapping[str, tuple[int, ...]]) -> Raw:
+    return {}
+
+
 def _nothing(own: Own, raw: Raw) -> Raw:
     return {}
 
@@ -29,7 +33,7 @@ class Architecture:
     numbers: keys that hold numbers of config.json, {key: config.json's name}, 0 meaning "not set"; defaults: what these
     are where the file does not say. switches: keys that must say true or false, as config.json calls them.
     reads(own, raw) gives further keys of config.json; known: the keys that it takes care of, or that say nothing.
-    neutral: as NEUTRAL, of this architecture alone. needs: what every block has, and what a model without it is.
+    neutral: as NEUTRAL, of this architecture alone. tell(shapes) gives the keys of config.json that tensors tell.
     """
 
     model_type: str
@@ -44,7 +48,7 @@ class Architecture:
     reads: Callable[[Own, Raw], Raw] = _nothing
     known: tuple[str, ...] = ()
     neutral: Raw = field(default_factory=dict)
-    needs: Mapping[str, str] = field(default_factory=dict)
+    tell: Callable[[Mapping[str, tuple[int, ...]]], Raw] = _nothing_told
 
 
 TOP_NAMES = {
@@ -117,6 +121,13 @@ def _reads_gemma3(own: Own, raw: Raw) -> Raw:
     return {"layer_types": kinds} | _query_scalar(raw, 62)
 
 
+def _stablelm_tells(shapes: Mapping[str, tuple[int, ...]]) -> Raw:
+    return {
+        "use_parallel_residual": not any(".post_attention_layernorm." in name for name in shapes),
+        "qk_layernorm": any(".self_attn.q_norm." in name for name in shapes),
+    }
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", windowed="mistral", pairs=True, numbers={_WINDOW: "sliding_window"}),
     "smollm3": Architecture("smollm3", pairs=True),
@@ -162,7 +173,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "stablelm",
         epsilon="attention.layer_norm_epsilon",
         known=("use_parallel_residual",),  # true by default in old converters: the tensors of a block tell
-        needs={"post_attention_layernorm": "its attention and MLP read the same input"},
+        tell=_stablelm_tells,
     ),
     "gptneox": Architecture(
         "gpt_neox",

@@ -1,6 +1,7 @@
 """Between the names that a family's files have and the ones that every other module works with, which are LLaMA's.
 
-A fused matrix is read part by part as views of its rows, and put together again when it is written.
+A fused matrix is read part by part as views of its rows, and put together again when it is written. Norms that are
+stored head by head are one here.
 """
 
 import re
@@ -35,6 +36,7 @@ def _renamed(name: str, renames: Mapping[str, str]) -> str:
 def to_ours(config: ModelConfig, table: Table) -> tuple[dict[str, Tensor], list[str]]:
     """A family's table under LLaMA's names, fused matrices taken apart; and what of it has a wrong shape."""
     family, faults = family_of(config), []
+    table = _heads_together(family, table)
     if not family.renames and not family.fused:
         return dict(table), []
     shapes = {rule.name: rule.hf_shape for rule in weight_rules(config)}
@@ -86,6 +88,7 @@ def join_rows(arrays: Sequence[np.ndarray], fused: Fused, config: ModelConfig) -
 def to_theirs(config: ModelConfig, table: Table) -> dict[str, Tensor]:
     """A table under LLaMA's names in the family's own layout: its names, and fused what its files have fused."""
     family = family_of(config)
+    table = _heads_apart(config, family, table)
     if not family.renames and not family.fused:
         return dict(table)
     theirs: dict[str, Tensor] = {}
@@ -106,3 +109,46 @@ def to_theirs(config: ModelConfig, table: Table) -> dict[str, Tensor]:
             before = their_name(family, match[1] + "x").removesuffix("x")
             theirs[f"{before}{fused.name}.{match[3]}"] = Tensor(dtype, shape, read)
     return theirs
+
+
+def _heads_together(family: Family, table: Table) -> Table:
+    """The table with the norms of a family's heads [H] each put together to one [N * H].
+
+    Where a head is missing or has a shape of its own, its tensors stay as they are, to be said as unexpected.
+    """
+    for ours, theirs in family.each_head.items():
+        one_head = re.compile(rf"(.*\.){re.escape(theirs)}\.norms\.\d+\.weight")
+        for before in dict.fromkeys(match[1] for name in table if (match := one_head.fullmatch(name))):
+            names = [name for name in table if name.startswith(f"{before}{theirs}.norms.")]
+            heads = [table.get(f"{before}{theirs}.norms.{i}.weight") for i in range(len(names))]
+            if any(t is None or t.shape != heads[0].shape or len(t.shape) != 1 for t in heads):
+                continue
+            tensors = [t for t in heads if t is not None]
+            kinds = {t.dtype for t in tensors}
+
+            def read(tensors=tensors):
+                return np.concatenate([t.read() for t in tensors])
+
+            dtype = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+            joined = Tensor(dtype, (sum(t.shape[0] for t in tensors),), read)
+            table = {n: t for n, t in table.items() if n not in names} | {f"{before}{ours}.weight": joined}
+    return table
+
+
+def _heads_apart(config: ModelConfig, family: Family, table: Table) -> Table:
+    """The inverse of _heads_together."""
+    apart: dict[str, Tensor] = {}
+    for name, tensor in table.items():
+        match = _IN_LAYER.fullmatch(name)
+        if match is None or match[2] not in family.each_head:
+            apart[name] = tensor
+            continue
+        size = config.head_dim
+        for i in range(tensor.shape[0] // size):
+
+            def read(tensor=tensor, i=i, size=size):
+                return tensor.read()[i * size : (i + 1) * size]
+
+            name = f"{match[1]}{family.each_head[match[2]]}.norms.{i}.weight"
+            apart[name] = Tensor(tensor.dtype, (size,), read)
+    return apart

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import re
 from typing import Any
 
 from longlora_jax.config import LoraConfig, ModelConfig
@@ -83,7 +84,7 @@ def save_peft(
     whole |= {head: whole[embed] for head, embed in tied_twice.items() if embed in whole}
     whole = to_theirs(config, whole)
     if adapters_only and whole:
-        kinds = list(dict.fromkeys(name.split(".")[-2] for name in whole))
+        kinds = list(dict.fromkeys(map(_module, whole)))
         _log.warning(
             "left out of the adapter: %s, %s trained weights (%s); with its base it computes another model than the "
             "run's, which to-hf writes whole",
@@ -132,12 +133,17 @@ def _settings(config: ModelConfig, lora: LoraConfig, base: str, revision: str, w
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "target_modules": list(ranks),
-        "modules_to_save": list(dict.fromkeys(name.split(".")[-2] for name in whole)) or None,
+        "modules_to_save": list(dict.fromkeys(map(_module, whole))) or None,
     }
     if larger:
         settings |= {"rank_pattern": larger, "alpha_pattern": alphas}
     # PEFT 0.6 and 0.7 fail over a key that came later.
     return settings | ({"use_rslora": True} if lora.rslora else {})
+
+
+def _module(name: str) -> str:
+    """The last part of the name of a weight's module; the norms of single heads are in one module."""
+    return re.sub(r"\.norms\.\d+", "", name).split(".")[-2]
 
 
 def _is_norm(path: tuple[str, ...]) -> bool:

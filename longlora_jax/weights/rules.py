@@ -62,9 +62,9 @@ def weight_rules(config: ModelConfig) -> list[Rule]:
     def path(name: str, leaf: str) -> tuple[str, ...]:
         return (*(part for part in name.split(".") if part not in ("model", "{}")), leaf)
 
-    def norm(name: str, *shape: int) -> list[Rule]:
+    def norm(name: str, *shape: int, has_bias: bool = config.norm == "layer") -> list[Rule]:
         shape = shape or (d,)
-        leaves = {"weight": "scale"} | ({"bias": "bias"} if config.norm == "layer" else {})
+        leaves = {"weight": "scale"} | ({"bias": "bias"} if has_bias else {})
         return [Rule(f"{name}.{key}", path(name, leaf), shape, (math.prod(shape),)) for key, leaf in leaves.items()]
 
     def linear(name: str, inputs: tuple, outputs: tuple, has_bias: bool = False) -> list[Rule]:
@@ -78,7 +78,9 @@ def weight_rules(config: ModelConfig) -> list[Rule]:
     attn, mlp = f"{layer}.self_attn", f"{layer}.mlp"
     bias = config.attention_bias or config.qkv_bias
     pre, post = config.norm_placement != "post", config.norm_placement != "pre"
-    heads = {"head": ((h,), (h,)), "projection": ((n, h), (k, h))}.get(config.qk_norm)
+    all_heads = ((n, h), (k, h))
+    heads = {"head": ((h,), (h,)), "own_head": all_heads, "projection": all_heads}.get(config.qk_norm)
+    head_bias = config.norm == "layer" and config.qk_norm != "own_head"
     return [
         Rule(f"{embed}.weight", path(embed, "embedding"), (v, d), (v, d)),
         *(norm(f"{layer}.input_layernorm") if pre else []),
@@ -86,8 +88,9 @@ def weight_rules(config: ModelConfig) -> list[Rule]:
         *linear(f"{attn}.k_proj", (d,), (k, h), bias),
         *linear(f"{attn}.v_proj", (d,), (k, h), bias),
         *linear(f"{attn}.o_proj", (n, h), (d,), config.attention_bias),
-        *([*norm(f"{attn}.q_norm", *heads[0]), *norm(f"{attn}.k_norm", *heads[1])] if heads else []),
-        *norm(f"{layer}.post_attention_layernorm"),
+        *(norm(f"{attn}.q_norm", *heads[0], has_bias=head_bias) if heads else []),
+        *(norm(f"{attn}.k_norm", *heads[1], has_bias=head_bias) if heads else []),
+        *([] if config.shared_norm else norm(f"{layer}.post_attention_layernorm")),
         *(norm(f"{layer}.pre_feedforward_layernorm") if pre and post else []),
         *(norm(f"{layer}.post_feedforward_layernorm") if post else []),
         *(linear(f"{mlp}.gate_proj", (d,), (f,), config.mlp_bias) if config.gated_mlp else []),

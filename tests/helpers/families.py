@@ -72,6 +72,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "stablelm": {"model_type": "stablelm", "partial_rotary_factor": 0.5, "use_qkv_bias": True},
     "stablelm plain": {"model_type": "stablelm", "partial_rotary_factor": 1.0, "use_qkv_bias": False},
+    "stablelm 12b": {
+        **{"model_type": "stablelm", "partial_rotary_factor": 0.5, "use_qkv_bias": False},
+        **{"qk_layernorm": True, "use_parallel_residual": True},
+    },
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5, "use_parallel_residual": True, "hidden_act": "gelu"},
     "gpt_neox in turn": {"model_type": "gpt_neox", "rotary_pct": 1.0, "use_parallel_residual": False},
 }

@@ -37,7 +37,7 @@ def write_family(path: Path, folder: Path, keys: dict[str, Any] | None = None) -
     writer.add_token_list([f"t{i}" for i in range(config["vocab_size"])])
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
-    for name, array in load_file(folder / "model.safetensors").items():
+    for name, array in _heads_stacked(load_file(folder / "model.safetensors")).items():
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), _stored(arch, name, array, config))
     for name, numbers in _divisors(config).items():
         writer.add_tensor(f"rope_factors_{name}.weight", np.float32(numbers))
@@ -46,6 +46,17 @@ def write_family(path: Path, folder: Path, keys: dict[str, Any] | None = None) -
     writer.write_tensors_to_file()
     writer.close()
     return str(path)
+
+
+def _heads_stacked(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """StableLM's norms of single heads [H] as one tensor [N, H] of a layer."""
+    stacked = {name: array for name, array in weights.items() if ".norms." not in name}
+    for name in weights:
+        if name.endswith(".norms.0.weight"):
+            before = name.removesuffix(".norms.0.weight")
+            heads = sum(key.startswith(f"{before}.norms.") for key in weights)
+            stacked[f"{before}.weight"] = np.stack([weights[f"{before}.norms.{i}.weight"] for i in range(heads)])
+    return stacked
 
 
 def _stored(arch: str, name: str, array: np.ndarray, config: dict[str, Any]) -> np.ndarray:

@@ -89,7 +89,7 @@ def test_greedy_tokens_are_transformers(name, folder):
     assert generate(Llama(config), params, prompts, max_new_tokens=24, chunk=7) == expected
 
 
-ADAPTED = ["qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3", "stablelm", "gpt_neox"]
+ADAPTED = ["qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3", "stablelm", "stablelm 12b", "gpt_neox"]
 
 
 def adapt(name: str, base, folder):
@@ -138,7 +138,7 @@ def test_adapters_and_their_gradients_are_pefts(name, folder, tmp_path):
     np.testing.assert_allclose(merged, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_neox", "stablelm 12b"])
 def test_what_longlora_trains_goes_to_peft_whole(name, folder, tmp_path):
     """Catches: a norm of q or k, a LayerNorm's bias or an embedding under another name that PEFT does not put back."""
     config, base = load_hf(str(folder(name)))
@@ -193,8 +193,8 @@ def compare_gradients(config, ours, wanted) -> int:
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "multimodal"),
         ({"model_type": "mamba2"}, "no attention"),
         ({"model_type": "gpt2"}, "it must be one of llama"),
-        (config_json("stablelm") | {"qk_layernorm": True}, "qk_layernorm"),
-        (config_json("stablelm") | {"use_parallel_residual": True}, "use_parallel_residual"),
+        (config_json("stablelm") | {"qk_layernorm": 2}, "qk_layernorm"),
+        (config_json("stablelm") | {"use_parallel_residual": "yes"}, "use_parallel_residual"),
         (config_json("gemma2") | {"layer_types": ["full_attention"]}, "layer_types"),
         (config_json("gemma2") | {"sliding_window": None}, "sliding_window"),
         (config_json("smollm3") | {"no_rope_layers": [1, 2, 1, 1, 1]}, "no_rope_layers"),
