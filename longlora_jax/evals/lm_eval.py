@@ -4,9 +4,12 @@
 name is registered for programs that import this module and call lm_eval.simple_evaluate.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import itertools
+import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,8 +70,8 @@ class LongLoraLM(TemplateLM):
     ):
         super().__init__()
         self._opened = open_model(model, quantize=quantize)
-        self._folder = self._opened.tokenizer_dir
-        self._tokenizer = load_tokenizer(self._folder)
+        self.folder = self._opened.tokenizer_dir
+        self._tokenizer = load_tokenizer(self.folder)
         self._format = self._opened.chat_format()
         self._rows = 8 if batch_size in (None, "auto") else int(batch_size)
         self.max_length = int(max_length or self._opened.config.max_position_embeddings)
@@ -89,7 +92,7 @@ class LongLoraLM(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """The folder of the tokenizer, by which lm-eval tells its caches apart."""
-        return self._folder.replace("/", "__")
+        return self.folder.replace("/", "__")
 
     @functools.cached_property
     def _model(self):
@@ -193,7 +196,7 @@ class LongLoraLM(TemplateLM):
         for i in ids:
             if i is not None:
                 return i
-        raise UserError(f"the tokenizer in {self._folder} names no end of text: set eos_token in its config")
+        raise UserError(f"the tokenizer in {self.folder} names no end of text: set eos_token in its config")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -219,12 +222,44 @@ def _score(llama: Llama, params, tokens):
 # The command
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
+
+
+_json_object.__name__ = "JSON object"  # what argparse says is invalid
+
+
+@contextlib.contextmanager
+def _data_from(folder: str | None):
+    """Tasks name their data OWNER/NAME: a folder of that name where the process stands goes before the hub's.
+
+    Raises UserError for data that is in neither.
+    """
+    try:
+        with contextlib.chdir(folder or "."):
+            yield
+    except (OSError, LookupError) as error:
+        if not isinstance(error, OSError) and type(error) is not LookupError:  # nltk says this of its own data
+            raise
+        said = next((line.strip() for line in str(error).splitlines() if line.strip(" *")), type(error).__name__)
+        raise UserError(
+            f"the data of a task could not be had ({said.rstrip('.')}): fetch it elsewhere with `hf download "
+            "--repo-type dataset OWNER/NAME --local-dir DIR/OWNER/NAME` and give --data DIR; a resource of nltk is "
+            "looked for in the folder that NLTK_DATA names"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; argv without the program's name, None for the process's own."""
     parser = errors.ArgumentParser(
         prog="python -m longlora_jax.evals.lm_eval",
-        description="Runs tasks of lm-eval on a model. Tasks that it ships fetch their data from the Hugging Face hub.",
-        epilog="Example: python -m longlora_jax.evals.lm_eval --model runs/my_run --tasks hellaswag --json tasks.json",
+        description="Runs tasks of lm-eval on a model. Tasks that it ships fetch their data from the Hugging Face hub, "
+        "unless --data holds it.",
+        epilog="Example: python -m longlora_jax.evals.lm_eval --model runs/my_run --tasks niah_single_1,ruler_vt "
+        """--metadata '{"max_seq_lengths": [8192, 16384]}' --limit 50 --json ruler.json""",
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
@@ -232,6 +267,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--tasks", required=True, metavar="TASK[,TASK...]", help="names of tasks, or YAML files of your own")
     add("--json", metavar="FILE", help="where to write the results")
     add("--include_path", metavar="DIR", help="a folder with further tasks")
+    data_help = "a folder with data sets of the hub as OWNER/NAME (default: fetched from the hub)"
+    add("--data", metavar="DIR", help=data_help)
+    metadata_help = "what tasks that make their own data are told, as RULER's max_seq_lengths; the tokenizer is"
+    add("--metadata", metavar="JSON", type=_json_object, default={}, help=metadata_help)
     add("--num_fewshot", type=number(int, 0), metavar="N", help="examples before each question (default: the task's)")
     add("--limit", type=number(int, 1), metavar="N", help="only the first N of each task (default: all)")
     add("--apply_chat_template", action="store_true", help="ask through the tokenizer's chat template")
@@ -246,28 +285,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.model = at_step(args.model, args.step)
     how = {"dtype": args.dtype, "batch_size": args.batch_size, "max_length": args.max_length}
     model = LongLoraLM(args.model, **how, quantize=args.quantize)
-    manager = TaskManager(include_path=args.include_path)
+    for path in filter(None, (args.data, args.include_path)):
+        if not os.path.isdir(path):
+            raise UserError(f"{path} is no folder: give one that exists")
+    further = args.include_path and os.path.abspath(args.include_path)
+    tokenizer = {"tokenizer": os.path.abspath(model.folder)}
+    manager = TaskManager(include_path=further, metadata=tokenizer | args.metadata)
     names = args.tasks.split(",")
     if unknown := [name for name in names if not name.endswith(".yaml") and name not in manager.all_tasks]:
         raise UserError(f"lm_eval has no task {', '.join(unknown)}: see python -m lm_eval --tasks list")
-    found = simple_evaluate(
-        model,
-        tasks=names,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-        apply_chat_template=args.apply_chat_template,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
+    names = [os.path.abspath(name) if name.endswith(".yaml") else name for name in names]
+    with _data_from(args.data):
+        found = simple_evaluate(
+            model,
+            tasks=names,
+            num_fewshot=args.num_fewshot,
+            limit=args.limit,
+            apply_chat_template=args.apply_chat_template,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
     assert found is not None
     for name, metrics in found["results"].items():
         for metric, value in metrics.items():
-            if isinstance(value, float | int) and "stderr" not in metric:
+            unasked = metric.partition(",")[0].isdigit() and value == -1  # RULER's metrics are lengths
+            if isinstance(value, float | int) and "stderr" not in metric and not unasked:
                 print(f"{name:<30} {metric:<24} {value:.4f}")
     if args.json:
         settings = {
-            k: getattr(args, k) for k in ("model", "dtype", "quantize", "num_fewshot", "limit", "apply_chat_template")
+            k: getattr(args, k)
+            for k in ("model", "dtype", "quantize", "num_fewshot", "limit", "apply_chat_template", "metadata")
         }
         versions = {
             "max_length": model.max_length,

@@ -137,11 +137,37 @@ def test_a_task_of_our_own_from_the_command_line(tmp_path, reference, capsys):
     assert get_model("longlora_jax") is adapter.LongLoraLM
 
 
+def test_data_of_the_hub_are_read_from_a_folder(tmp_path, capsys):
+    """Catches: --data that is not looked at, or that moves --json; metadata that do not reach a task; data that are
+    missing and end in a traceback."""
+    data = tmp_path / "hub" / "owner" / "questions"
+    data.mkdir(parents=True)
+    (data / "rows.jsonl").write_text(json.dumps({"q": "import", "choices": [" os", " qqqq zz"], "label": 0}) + "\n")
+    (data / "README.md").write_text(
+        "---\nconfigs:\n- config_name: some\n  data_files:\n  - split: test\n    path: rows.jsonl\n---\n"
+    )
+    task = {"task": "hub_task", "dataset_path": "owner/questions", "dataset_name": "some", "test_split": "test"}
+    task |= {"output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}"}
+    (tmp_path / "hub_task.yaml").write_text(json.dumps(task | {"doc_to_target": "label"}))
+    out = tmp_path / "out.json"
+    command = ["--model", MODEL, "--tasks", "hub_task", "--include_path", str(tmp_path), "--json", str(out)]
+    command += ["--metadata", '{"max_seq_lengths": [64]}']
+    adapter.main([*command, "--data", str(tmp_path / "hub")])
+    written = json.loads(out.read_text())
+    assert written["results"]["hub_task"]["acc,none"] in (0, 1) and written["metadata"] == {"max_seq_lengths": [64]}
+    (data / "rows.jsonl").unlink()
+    for folder, says in ((str(tmp_path), "could not be had"), (str(tmp_path / "none"), "is no folder")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            errors.run(lambda folder=folder: adapter.main([*command, "--data", folder]))
+        assert exit.value.code == 2 and says in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_faults_are_one_line(monkeypatch, capsys):
     """Catches: a traceback of lm-eval for a name that was misspelt; a folder without a model; weights read first."""
     monkeypatch.setattr(adapter, "load_for_generation", None)
     # Its own index of thousands of tasks takes long to read.
-    monkeypatch.setattr(adapter, "TaskManager", lambda include_path: SimpleNamespace(all_tasks=["a", "b"]))
+    monkeypatch.setattr(adapter, "TaskManager", lambda include_path, metadata: SimpleNamespace(all_tasks=["a", "b"]))
     for flags, says in (
         (["--tasks", "a,no_such_task"], "no task no_such_task:"),
         (["--tasks", "a", "--model", "no"], "no"),
