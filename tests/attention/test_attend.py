@@ -30,7 +30,13 @@ def with_blocks(block):
     return mock.patch.object(attend_module, "causal_attention", functools.partial(blockwise_attention, block=block))
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+# What the others are made of is here; their reach is compared bit by bit below.
+QUICK_PATTERNS = ("full", "s2", "short", "window", "dilated")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK_PATTERNS else pytest.mark.slow) for name in PATTERNS]
+)
 @settings(max_examples=1)
 @given(
     g=st.integers(2, 14),

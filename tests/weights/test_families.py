@@ -50,15 +50,29 @@ def their_logits(model, tokens=TOKENS) -> np.ndarray:
         return model(torch.tensor(tokens)).logits.numpy()
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_files_and_config_are_transformers(name, folder, tmp_path):
+# Files and config.json of every variant; logits of one a family, as each is compiled anew.
+COMPUTED = ("qwen2 upper layers slide", "qwen3", "mistral window", "phi4-mini", "smollm3", "olmo2", "granite", "gemma")
+COMPUTED += ("gemma2", "gemma3", "stablelm 12b", "gpt_neox")
+
+
+@pytest.mark.parametrize(
+    ("name", "computed"),
+    [
+        pytest.param(name, computed, id=f"{name}, computed" if computed else name, marks=marks)
+        for name in MODELS
+        for computed, marks in ((name in COMPUTED, ()), (True, pytest.mark.slow))
+        if not (name in COMPUTED and marks)
+    ],
+)
+def test_logits_files_and_config_are_transformers(name, computed, folder, tmp_path):
     """Catches: a norm in another place, a multiplier, a bias, a window or a rotation that is forgotten; a file written
     back with other bytes or under other names, a config.json that makes another model."""
     config, params = load_hf(str(folder(name)))
     theirs = torch_model(folder(name))
     expected = their_logits(theirs)
-    got = jax.jit(Llama(config).apply)({"params": params}, jnp.asarray(TOKENS, jnp.int32))
-    np.testing.assert_allclose(got, expected, **CLOSE)
+    if computed:
+        got = jax.jit(Llama(config).apply)({"params": params}, jnp.asarray(TOKENS, jnp.int32))
+        np.testing.assert_allclose(got, expected, **CLOSE)
     # As transformers itself writes the config today.
     theirs.config.save_pretrained(tmp_path / "again")
     assert load_config(str(tmp_path / "again")) == config
@@ -73,9 +87,7 @@ def test_logits_files_and_config_are_transformers(name, folder, tmp_path):
     np.testing.assert_allclose(their_logits(back), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(MODELS, "qwen2 upper layers slide", "smollm3", "gemma2", "gemma3", "gpt_neox")
-)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "qwen2 upper layers slide", "smollm3", "gemma2", "gpt_neox"))
 def test_greedy_tokens_are_transformers(name, folder):
     """Catches: a ring of a window that loses a token or keeps one too long, a layer that reads another's keys."""
     config, params = load_hf(str(folder(name)))
