@@ -300,7 +300,9 @@ def test_refusals(tmp_path, refusal, message):
     assert done.error == message and done.seconds < SECONDS
 
 
-@pytest.mark.parametrize("refusal", [None, Refusal(401, "GatedRepo", where="/resolve/")])
+@pytest.mark.parametrize(
+    "refusal", [pytest.param(None, marks=pytest.mark.slow), Refusal(401, "GatedRepo", where="/resolve/")]
+)
 def test_bars(tmp_path, refusal):
     """Catches: a bar of huggingface_hub that stays open and is drawn over the error message, or over our next bar."""
     with Hub({"org/name": {"main": SMALL}}, lambda path: refusal if refusal and refusal.where in path else None) as hub:
