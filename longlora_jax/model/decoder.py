@@ -214,6 +214,7 @@ class Llama(nn.Module):
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # nothing is broadcast out of the loop; the check traces the block twice
         )
         self.layers = scan(c, self.lora, self.pattern, self.mesh, self.chunks, self.quantization)
         self.norm = NormWeights(c)

@@ -30,7 +30,13 @@ def with_blocks(block):
     return mock.patch.object(attend_module, "causal_attention", functools.partial(blockwise_attention, block=block))
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+# What the others are made of is here; their reach is compared bit by bit below.
+QUICK_PATTERNS = ("full", "s2", "short", "window", "dilated")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK_PATTERNS else pytest.mark.slow) for name in PATTERNS]
+)
 @settings(max_examples=1)
 @given(
     g=st.integers(2, 14),
@@ -69,8 +75,15 @@ def test_kernel_in_blocks_of_its_own_choice(t, block, packed):
     assert_close(ours, brute_force.attention(*qkv[:3], seen, qkv[3]))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("t", "n", "k", "h"), [(200, 4, 2, 8), (300, 2, 2, 130)])
+@pytest.mark.parametrize(
+    ("t", "n", "k", "h", "packed"),
+    [
+        (200, 4, 2, 8, True),
+        (300, 2, 2, 130, False),
+        pytest.param(200, 4, 2, 8, False, marks=pytest.mark.slow),
+        pytest.param(300, 2, 2, 130, True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_kernel_of_tpus_computes_the_same(t, n, k, h, packed):
     """Splash attention, interpreted: padding of rows and lanes that is seen, a scale that is forgotten, kv heads."""
     qkv = random_qkv(t, 2, t, n, k, h)

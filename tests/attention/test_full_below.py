@@ -37,7 +37,7 @@ def oracle_mask(name: str, g: int, below: int, heads: int) -> np.ndarray:
     return seen
 
 
-@pytest.mark.parametrize("name", ["s2", "s2_swap", "short"])
+@pytest.mark.parametrize("name", ["s2", pytest.param("s2_swap", marks=pytest.mark.slow), "short"])
 @pytest.mark.parametrize("below", [1, 7, 13, 64])
 def test_short_segments_see_all_of_themselves(name, below):
     """Catches: a segment cut at a group's boundary or at a piece's, one token too many taken for short."""
@@ -57,7 +57,12 @@ def test_short_segments_see_all_of_themselves(name, below):
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
 @pytest.mark.parametrize(
     "g, axes",
-    [(8, {"context": 4}), (16, {"context": 8}), (32, {"context": 8}), (16, {"context": 2, "tensor": 2, "fsdp": 2})],
+    [
+        (8, {"context": 4}),
+        (16, {"context": 8}),
+        pytest.param(32, {"context": 8}, marks=pytest.mark.slow),
+        (16, {"context": 2, "tensor": 2, "fsdp": 2}),
+    ],
     ids=["whole groups", "half a group", "heads passed round", "everything"],
 )
 def test_on_a_mesh_too(g, axes):

@@ -183,8 +183,13 @@ CASES = {  # name: (W, mesh, (B, T, N, K), packed)
 }
 
 
+# Half of them: each is compiled anew.
+QUICK = ("less than a shard, packed", "a token of the next but one", "shards of one token", "itself alone")
+QUICK += ("all shards before the last, packed", "more than are before the last", "everything, packed")
+
+
 @needs_8
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in CASES])
 def test_a_mesh_has_the_window_of_one_device(name):
     """Catches: a token of the neighbour too many or too few, shards in disorder, zeros seen before the row begins."""
     window, axes, (b, t, n, k), packed = CASES[name]

@@ -242,7 +242,7 @@ def test_what_a_reader_says_is_heard(workers):
     it.close()
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "it.close()", ""])
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", pytest.param("it.close()", marks=pytest.mark.slow), ""])
 def test_workers_end_with_the_main_process(end):
     """Catches: readers that stay for ever, with their memory, after a run was killed; warnings of shared memory after
     one that ended well, or that nobody closed."""

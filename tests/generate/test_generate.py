@@ -288,7 +288,9 @@ def test_every_eos_of_the_model_ends_an_answer(tmp_path):
     assert found["tokens"] == free[: free.index(free[4]) + 1] and found["finished_by"] == "eos"
 
 
-@pytest.mark.parametrize("memory", [(), ("--window", 40, "--sinks", 2)], ids=["all", "sinks"])
+@pytest.mark.parametrize(
+    "memory", [(), pytest.param(("--window", 40, "--sinks", 2), marks=pytest.mark.slow)], ids=["all", "sinks"]
+)
 def test_questions_share_the_text(memory, tmp_path, capsys):
     """Catches: a text that is read again for each question, answers that are not those of the question alone."""
     folder = shutil.copytree(MODEL, tmp_path / "model")

@@ -138,7 +138,7 @@ def adapter_matrices(tree, layer: int, path, name: str):
     return torch_matrix(a, outputs=1), torch_matrix(b, outputs=b.ndim - 1)
 
 
-@pytest.fixture(params=ADAPTED)
+@pytest.fixture(params=[pytest.param(x, marks=pytest.mark.slow if x == "longlora" else ()) for x in ADAPTED])
 def adapted(request, tmp_path):
     """The same base and the same random adapters in PEFT and here: (mode, PEFT model, Llama, params)."""
     peft = pytest.importorskip("peft")

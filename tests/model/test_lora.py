@@ -69,7 +69,11 @@ def logits(params, lora=None, **rngs):
 
 @pytest.mark.parametrize(
     "lora",
-    [ALL, dataclasses.replace(ALL, rslora=True), LoraConfig(rank=3, alpha=1.5, targets=("v_proj", "o_proj"))],
+    [
+        ALL,
+        pytest.param(dataclasses.replace(ALL, rslora=True), marks=pytest.mark.slow),
+        LoraConfig(rank=3, alpha=1.5, targets=("v_proj", "o_proj")),
+    ],
     ids=["all", "rslora", "two targets"],
 )
 def test_merged_equals_unmerged(lora):

@@ -95,8 +95,19 @@ def test_every_step_and_every_part_draws_its_own_noise():
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
+def test_embeddings_on_a_mesh_get_the_noise_of_one_device():
+    """Catches: every device with the same noise for its own part."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2), jax.devices())
+    x = jnp.zeros((4, 16, 48))
+    placed = jax.device_put(x, jax.NamedSharding(mesh, P("data", "context")))
+    noise = jax.jit(lambda x: neftune_noise(KEY, x, ALPHA))
+    np.testing.assert_array_equal(noise(placed), noise(x))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
 def test_a_mesh_draws_the_noise_of_one_device():
-    """Catches: every device with the same noise for its own part, and a run that changes with its mesh."""
+    """Catches: the same in a whole step, and a run that changes with its mesh."""
 
     def step_on(mesh):
         sizes = tiny_config(num_key_value_heads=4, vocab_size=40, num_hidden_layers=1)

@@ -77,7 +77,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(tree=st.dictionaries(st.sampled_from("abcd"), TREES, min_size=1), bits=st.integers(0, 2**60 - 1))
 def test_combine_undoes_partition(tree, bits):
     """A leaf lost, doubled or moved; a frozen place kept as None, which optax would treat as a leaf."""
@@ -148,7 +148,8 @@ def three_steps(optimizer, params, gradients):
     return params, state
 
 
-@pytest.mark.parametrize("route", ["multi_transform", "masked"])
+# The other route: also test_step.py, as one whole step.
+@pytest.mark.parametrize("route", ["multi_transform", pytest.param("masked", marks=pytest.mark.slow)])
 def test_optax_masks_give_the_same_update(route):
     """Our split tree and optax's two ways of masking one tree, three steps of clip, warm-up, AdamW and decay."""
     params, mask = small_tree()

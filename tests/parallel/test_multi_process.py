@@ -80,7 +80,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("fault", ["a file", "the config"])
+@pytest.mark.parametrize("fault", ["a file", pytest.param("the config", marks=pytest.mark.slow)])
 def test_a_fault_on_one_host_ends_all(fault, home, environment, tmp_path):
     """Catches: hosts that wait forever for one that has said what is wrong and left; a line from each of them; hosts
     that train with different configs without a word.

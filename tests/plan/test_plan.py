@@ -111,7 +111,11 @@ def compiled_step(mesh, pattern, seq_len, **options):
 
 
 @needs_8
-@pytest.mark.parametrize("context, group", [(4, 32), (4, 64), (8, 64)], ids=["groups", "one group", "half a group"])
+@pytest.mark.parametrize(
+    "context, group",
+    [(4, 32), pytest.param(4, 64, marks=pytest.mark.slow), (8, 64)],
+    ids=["groups", "one group", "half a group"],
+)
 def test_s2_gathers_no_activation_and_sends_what_the_formula_says(context, group):
     """Catches: a constraint that makes XLA gather the sequence; more keys and values sent than half a group's."""
     seq_len = 256
@@ -151,7 +155,8 @@ def test_the_estimate_is_within_a_tenth_of_the_compiler(name):
 
 @needs_8
 @pytest.mark.parametrize(
-    "axes, pattern, accumulation", [((4, 2, 1), "s2", 1), ((1, 8, 1), "s2", 2), ((2, 2, 2), "full", 1)]
+    "axes, pattern, accumulation",
+    [pytest.param((4, 2, 1), "s2", 1, marks=pytest.mark.slow), ((1, 8, 1), "s2", 2), ((2, 2, 2), "full", 1)],
 )
 def test_what_is_sent_by_formula_is_what_the_compiler_sends(axes, pattern, accumulation):
     """Catches: a pass that is forgotten, a share taken for the whole, an update's parts counted as one."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import longlora, read_metrics, write_config
+from runs import longlora, read_metrics, train_here, write_config
 
 from longlora_jax.config import DataConfig, EvalConfig, MeshConfig, OptimConfig
 from longlora_jax.config_file import read_config
@@ -33,6 +33,15 @@ def moved(home, tmp_path):
     """(a copy of the base, a config that starts from it): to be moved away."""
     shutil.copytree(home / "base", tmp_path / "base")
     return tmp_path / "base", plain(home, steps=4, save_every=2, init_from=str(tmp_path / "base"))
+
+
+@pytest.fixture(scope="module")
+def trained(home, tmp_path_factory):
+    """(config, workdir) of a run of three real steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = plain(home, steps=3, save_every=3)
+    train_here(config, folder, folder / "first")
+    return config, folder / "first"
 
 
 def refused(train, config, workdir, capsys) -> str:
@@ -91,14 +100,13 @@ def test_steps_may_grow_where_the_schedule_does_not_depend_on_them(train, fake, 
     assert "another steps" in line
 
 
-def test_continue_from_begins_with_weights_and_moments(train, home, tmp_path, capsys):
+def test_continue_from_begins_with_weights_and_moments(trained, train, fake, home, tmp_path, capsys):
     """Catches: moments that start anew, a schedule or a data position that is carried on, another base or adapter."""
-    config = plain(home, steps=3, save_every=3)
-    train(config, tmp_path / "first")
+    config, first = trained
     (tmp_path / "other.txt").write_text("sloe and rowan, " * 600)
     optimizer = OptimConfig(learning_rate=5e-4, warmup_steps=1, embedding_learning_rate=1e-4)
     data = DataConfig(path=str(tmp_path / "other.txt"))
-    changes = {"continue_from": str(tmp_path / "first"), "init_from": "", "optim": optimizer, "data": data}
+    changes = {"continue_from": str(first), "init_from": "", "optim": optimizer, "data": data}
     more = dataclasses.replace(config, steps=2, seed=5, **changes)
 
     resolved, resumes = run.resolve(more, str(tmp_path / "second"))
@@ -106,8 +114,8 @@ def test_continue_from_begins_with_weights_and_moments(train, home, tmp_path, ca
     mesh = run.sharding.make_mesh(resolved.mesh)
     state, _ = run.initial_state(resolved, run.build_model(resolved), mesh)
     begun = run.continued_state(resolved, state)
-    trained = load_model(str(tmp_path / "first")).params
-    np.testing.assert_array_equal(begun.trainable["norm"]["scale"], trained["norm"]["scale"])
+    saved = load_model(str(first)).params
+    np.testing.assert_array_equal(begun.trainable["norm"]["scale"], saved["norm"]["scale"])
     (adam,) = [x for x in jax.tree.leaves(begun.opt_state, is_leaf=run._is_adam) if run._is_adam(x)]
     assert int(adam.count) == 3 and int(begun.step) == 0 and np.abs(adam.mu["norm"]["scale"]).max() > 0
 
@@ -212,8 +220,8 @@ def test_steps_that_are_all_bad_are_no_success(train, home, tmp_path, capsys):
     params = jax.tree.map(np.asarray, model.params)
     params["norm"]["scale"] = np.full_like(params["norm"]["scale"], np.nan)
     save_hf(str(tmp_path / "base"), model.config, params, tokenizer_from=str(home / "base"))
-    config = plain(home, steps=2, init_from=str(tmp_path / "base"))
-    assert "steps 1 to 2 were skipped" in refused(train, config, tmp_path / "work", capsys)
+    config = plain(home, steps=3, save_every=3, init_from=str(tmp_path / "base"))  # compiled as trained is
+    assert "steps 1 to 3 were skipped" in refused(train, config, tmp_path / "work", capsys)
     for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(word))
 

@@ -53,7 +53,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("mode", TRAINED)
+@pytest.mark.parametrize("mode", [pytest.param("lora", marks=pytest.mark.slow), "longlora", "full"])
 def test_a_step_changes_what_trains_and_nothing_else(mode):
     """Catches: a frozen leaf that is decayed, donated or rounded; a trainable one that the optimizer forgets."""
     state, frozen = start(mode)

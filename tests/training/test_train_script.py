@@ -85,7 +85,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole_run, environment)
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("fault", ["a flag", "the data"])
+# A fault of a flag is seen in another process than one of the data, but told by the same lines.
+@pytest.mark.parametrize("fault", [pytest.param("a flag", marks=pytest.mark.slow), "the data"])
 def test_a_fault_is_one_line_and_exit_code_2(fault, home, environment, tmp_path):
     """Catches: a traceback, a warning of some library before the line, a workdir that nothing is in."""
     (tmp_path / "latin1.txt").write_bytes("Zürich".encode("latin-1") * 100)

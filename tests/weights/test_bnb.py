@@ -66,7 +66,9 @@ def logits(model, tokens):
         return model(torch.from_numpy(np.array(tokens, np.int64))).logits.numpy()
 
 
-@pytest.mark.parametrize("kind, folder", [("nf4", "plain"), ("nf4_double", "nf4_double"), ("fp4", "fp4")])
+@pytest.mark.parametrize(
+    "kind, folder", [("nf4", "plain"), ("nf4_double", "nf4_double"), pytest.param("fp4", "fp4", marks=pytest.mark.slow)]
+)
 def test_logits_are_those_of_transformers_and_bitsandbytes(folders, kind, folder):
     """Catches: a base that is quantized otherwise than bitsandbytes would, a kernel that is turned on its way in."""
     theirs = transformers_model(folders[kind])

@@ -1,5 +1,6 @@
 """What a run gives away: merged folders that transformers reloads, with the run's own perplexity and window."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -28,8 +29,9 @@ LENGTH = 512
 
 
 def extend(workdir, *flags, base=BASE):
-    """Runs configs/quickstart.py with so many flags on little data."""
-    flags = [f"--config.{flag}" for flag in (*flags, "data.max_tokens=9000", f"init_from={base}")]
+    """Runs configs/quickstart.py with so many flags on little data, under one pattern: one step to compile."""
+    little = ("data.max_tokens=9000", "attention.full_last=0.0", f"init_from={base}")
+    flags = [f"--config.{flag}" for flag in (*flags, *little)]
     train_here(read_config(str(ROOT / "configs" / "quickstart.py"), flags), workdir.parent, workdir)
 
 
@@ -69,8 +71,9 @@ def text_file(tmp_path_factory, tokens):
     return path
 
 
-def our_nll(model, text_file, tmp_path):
-    out = tmp_path / "ppl.json"
+@functools.cache
+def our_nll(model, text_file):
+    out = text_file.parent / f"{model.name}.json"
     flags = ("--seq_len", LENGTH, "--max_windows", 1, "--json", out)
     perplexity.main([str(word) for word in ("--model", model, "--data", text_file, *flags)])
     return json.loads(out.read_text())["results"][0]["nll"]
@@ -84,14 +87,14 @@ def their_nll(folder, tokens):
     return -log_probs.gather(1, batch[0, 1:, None]).mean().item()
 
 
-def test_the_exported_model_keeps_the_perplexity_of_the_run(workdir, exported, text_file, tokens, tmp_path):
+def test_the_exported_model_keeps_the_perplexity_of_the_run(workdir, exported, text_file, tokens):
     """Catches: an adapter, an embedding or a rope scaling that is lost on the way to transformers."""
-    ours = our_nll(workdir, text_file, tmp_path)
+    ours = our_nll(workdir, text_file)
     # Merged sums and unmerged ones differ by float32 rounding; perplexity is kept to well over 4 digits.
-    assert our_nll(exported["float32"], text_file, tmp_path) == pytest.approx(ours, abs=1e-5)
+    assert our_nll(exported["float32"], text_file) == pytest.approx(ours, abs=1e-5)
     assert their_nll(exported["float32"], tokens) == pytest.approx(ours, abs=1e-5)
     # bfloat16 as the base: every merged weight is rounded once, by up to 1 in 256.
-    rounded = our_nll(exported[""], text_file, tmp_path)
+    rounded = our_nll(exported[""], text_file)
     assert their_nll(exported[""], tokens) == pytest.approx(rounded, abs=1e-5)
     assert rounded == pytest.approx(ours, abs=0.02) and rounded != ours
     assert their_nll(BASE, tokens) > ours + 0.05  # the run had something to lose
@@ -144,7 +147,7 @@ def test_an_adapter_goes_to_peft_and_comes_back(workdir, text_file, tokens, tmp_
     with torch.no_grad():
         log_probs = torch.log_softmax(model(batch).logits[0, :-1].double(), -1)
     theirs = -log_probs.gather(1, batch[0, 1:, None]).mean().item()
-    assert theirs == pytest.approx(our_nll(workdir, text_file, tmp_path), abs=1e-5)
+    assert theirs == pytest.approx(our_nll(workdir, text_file), abs=1e-5)
 
     convert("from-peft", adapter, back)
     again, straight = open_model(str(back)), open_model(str(workdir))

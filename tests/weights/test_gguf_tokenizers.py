@@ -38,6 +38,7 @@ def test_qwens_is_transformers(tmp_path):
     [
         ("gpt-4o", ["camel", "Case", "ĠXMLHttp's", "Ġ", "123", "4"]),
         ("tekken", ["camel", "Case", "ĠXMLHttp", "'s", "Ġ", "1", "2", "3", "4"]),
+        ("smollm", ["camelCase", "ĠXMLHttp", "'s", "Ġ", "1", "2", "3", "4"]),
         ("stablelm2", ["camelCase", "ĠXMLHttp", "'s", "Ġ", "1", "2", "3", "4"]),
         ("dbrx", ["camelCase", "ĠXMLHttp", "'s", "Ġ", "123", "4"]),
     ],

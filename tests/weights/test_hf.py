@@ -480,6 +480,7 @@ def test_commands_convert_both_ways(tmp_path):
     assert (target / "tokenizer.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_commands_fail_in_one_line_and_leave_nothing(tmp_path):
     """Catches: a traceback, an output folder that holds half a model, minutes before a refusal."""
     save_tiny(tmp_path / "source")

@@ -202,7 +202,10 @@ CASES = {
 
 @pytest.mark.parametrize(
     "wanted, others",
-    [pytest.param(*CASES[name], id=name, marks=pytest.mark.slow if name == "bin" else ()) for name in CASES],
+    [
+        pytest.param(*CASES[name], id=name, marks=pytest.mark.slow if name in ("bin", "adapter") else ())
+        for name in CASES
+    ],
 )
 def test_what_is_fetched(tmp_path, wanted, others):
     """Catches: weights fetched in two formats, .bin weights or a tokenizer left behind, a cache that needs the hub."""
@@ -297,7 +300,9 @@ def test_refusals(tmp_path, refusal, message):
     assert done.error == message and done.seconds < SECONDS
 
 
-@pytest.mark.parametrize("refusal", [None, Refusal(401, "GatedRepo", where="/resolve/")])
+@pytest.mark.parametrize(
+    "refusal", [pytest.param(None, marks=pytest.mark.slow), Refusal(401, "GatedRepo", where="/resolve/")]
+)
 def test_bars(tmp_path, refusal):
     """Catches: a bar of huggingface_hub that stays open and is drawn over the error message, or over our next bar."""
     with Hub({"org/name": {"main": SMALL}}, lambda path: refusal if refusal and refusal.where in path else None) as hub:

@@ -96,7 +96,7 @@ def assert_equal_trees(one, other):
             np.testing.assert_array_equal(child, np.asarray(other[key]), key)
 
 
-SLOW = ("longlora", "tied, lora alone", "all targets")
+SLOW = ("longlora", "lora_norm", "tied, lora_embedding", "tied, lora alone", "all targets")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in OUT])
