@@ -87,12 +87,11 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
         state = run.continued_state(config, state)
     start = int(state.step)
     versions.record(workdir, start)
-    full_from = round(config.steps * (1 - config.attention.full_last))
-    if start >= full_from:
+    if config.attention.is_full(start, config.steps):
         state = state.replace(model=model.clone(pattern=FULL))
     shape = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), "int32", sharding=batch_sharding)
-    step_fn = compile_train_step(state, frozen, shape, segmented=data.segmented)
-    print_census(config, state.model, mesh, step_fn, data)
+    step_fns = {state.model.pattern: compile_train_step(state, frozen, shape, segmented=data.segmented)}
+    print_census(config, state.model, mesh, step_fns[state.model.pattern], data)
 
     writer = metrics.MetricsLog(workdir, start_step=start, wandb=config.wandb, config=dataclasses.asdict(config))
     schedule = optim.make_schedule(config.optim, config.steps)
@@ -111,11 +110,13 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
     watch.begin(start)
     with checkpoints, bar:  # whatever ends the steps, the save under way is finished first
         for step in range(start, start if last else config.steps):
-            if step >= full_from and state.model.pattern != FULL:
-                log.info("step %d: from here to the end under full attention (attention.full_last)", step)
-                state = state.replace(model=state.model.clone(pattern=FULL))
-                step_fn = compile_train_step(state, frozen, shape, segmented=data.segmented)
-            state, values = step_fn(state, frozen, batch)
+            pattern = FULL if config.attention.is_full(step, config.steps) else model.pattern
+            if pattern != state.model.pattern:
+                state = state.replace(model=state.model.clone(pattern=pattern))
+                if pattern not in step_fns:
+                    log.info("step %d: under %s attention (%s)", step, pattern, "attention.full_last, full_every")
+                    step_fns[pattern] = compile_train_step(state, frozen, shape, segmented=data.segmented)
+            state, values = step_fns[pattern](state, frozen, batch)
             tokens += config.batch_size * config.seq_len
             done = step + 1
             last = done == config.steps

@@ -38,6 +38,12 @@ class AttentionConfig:
     group_size: int = 0  # group size in tokens; 0: by the ratio
     full_below: int = 0  # packed rows: segments of at most so many tokens have full attention inside; 0: none
     full_last: float = 0.0  # the last share of the steps runs under full attention
+    full_every: int = 0  # and every so-manyth step does; 0: none
+
+    def is_full(self, step: int, steps: int) -> bool:
+        """Whether a step, counted from 0, of so many runs under full attention whatever the pattern."""
+        in_turn = self.full_every and (step + 1) % self.full_every == 0
+        return bool(in_turn) or step >= round(steps * (1 - self.full_last))
 
     def group_tokens(self, seq_len: int) -> int:
         """The group size G in tokens for a window; 0 where the pattern has no groups."""
@@ -267,6 +273,11 @@ def _group_faults(attention: AttentionConfig, seq_len: int) -> list[str]:
     faults = []
     if not 0 <= attention.full_last <= 1:
         faults.append(f"attention.full_last={attention.full_last} is a share of the steps: give 0 to 1")
+    if attention.full_every < 0 or attention.full_every == 1:
+        faults.append(
+            f"attention.full_every={attention.full_every} must be 2 or more, or 0 for none; for all steps set "
+            "attention.pattern=full"
+        )
     if not 0 <= attention.full_below <= seq_len:
         faults.append(f"attention.full_below={attention.full_below} counts tokens: give 0 to {seq_len}, seq_len")
     group = attention.group_tokens(seq_len)

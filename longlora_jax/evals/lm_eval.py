@@ -106,8 +106,15 @@ class LongLoraLM(TemplateLM):
         return self._tokenizer.encode_batch([string], add_bos=add_bos)[0].tolist()
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of messages under the model's template: what its run trained under, or its tokenizer's."""
-        return self._format.render(chat_history, add_generation_prompt=add_generation_prompt)
+        """The text of messages under the model's template: what its run trained under, or its tokenizer's.
+
+        Without add_generation_prompt it ends within the last message, which the model is to go on with.
+        """
+        text = self._format.render(chat_history, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        begun = chat_history[-1]["content"].strip()
+        return text[: text.rindex(begun) + len(begun)]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each whole text, in windows of max_length that do not overlap."""

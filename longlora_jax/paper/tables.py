@@ -110,6 +110,8 @@ TABLES = (
             Row("s2", "s2", {}),
             Row("last_10", "s2, the last 10% of the steps full", {"attention.full_last": 0.1}),
             Row("last_30", "s2, the last 30% of the steps full", {"attention.full_last": 0.3}),
+            Row("every_10", "s2, every 10th step full", {"attention.full_every": 10}),
+            Row("every_2", "s2, every second step full", {"attention.full_every": 2}),
             Row("full", "full", {"attention.pattern": "full"}),
         ),
         both_patterns=True,

@@ -154,6 +154,8 @@ def _facts(run: Run) -> dict[str, str]:
         pattern += f", groups of {group:,} tokens"
         if attention.get("full_last"):
             pattern += f"; full in the last {attention['full_last']:.0%} of the steps"
+        if attention.get("full_every"):
+            pattern += f"; full in every {attention['full_every']}th step"
     targets = ", ".join(str(t).removesuffix("_proj") for t in lora.get("targets", []))
     adapters = f"LoRA of rank {lora.get('rank')} on {targets}"
     recipe = {"lora": adapters, "longlora": f"{adapters}; embedding and norms too", "full": "every weight"}

@@ -137,6 +137,19 @@ def test_a_task_of_our_own_from_the_command_line(tmp_path, reference, capsys):
     assert get_model("longlora_jax") is adapter.LongLoraLM
 
 
+def test_an_answer_that_is_begun_is_gone_on_with(model, monkeypatch):
+    """Catches: an end of turn after the beginning of an answer, as RULER's tasks give it: nothing is left to say."""
+
+    def render(messages, add_generation_prompt):
+        return "".join(f"<{m['role']}>{m['content']}<end>" for m in messages) + "<assistant>" * add_generation_prompt
+
+    monkeypatch.setattr(model, "_format", SimpleNamespace(render=render))
+    asked = {"role": "user", "content": "The number is?"}
+    assert model.apply_chat_template([asked]) == "<user>The number is?<end><assistant>"
+    begun = model.apply_chat_template([asked, {"role": "assistant", "content": "It is "}], add_generation_prompt=False)
+    assert begun == "<user>The number is?<end><assistant>It is"
+
+
 def test_data_of_the_hub_are_read_from_a_folder(tmp_path, capsys):
     """Catches: --data that is not looked at, or that moves --json; metadata that do not reach a task; data that are
     missing and end in a traceback."""

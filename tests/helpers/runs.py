@@ -16,6 +16,7 @@ import jax
 import pytest
 from tiny import tiny_config
 
+from longlora_jax.attention.patterns import Pattern
 from longlora_jax.config import AttentionConfig, Config, DataConfig, EvalConfig, LoraConfig, OptimConfig
 
 ROOT = Path(__file__).parents[2]
@@ -119,13 +120,24 @@ class FakeStep:
 
     def compile(self, state, frozen, rows, *, segmented):
         self.compiled.append(state.model.pattern)
-        return self
+        return _Compiled(self, state.model.pattern)
+
+    def __call__(self, state, frozen, batch):
+        self.patterns.append(state.model.pattern)
+        self.batches.append(jax.device_get(batch))
+        return state.replace(step=state.step + 1), {"loss": 1.0, "grad_norm": 0.5, "skipped": 0, "in_a_row": 0}
+
+
+@dataclasses.dataclass
+class _Compiled:
+    """A FakeStep for the pattern that it was compiled for, and no other."""
+
+    fake: FakeStep
+    pattern: Pattern
 
     def memory_analysis(self):
         return SimpleNamespace(argument_size_in_bytes=2**30, temp_size_in_bytes=2**29)
 
     def __call__(self, state, frozen, batch):
-        assert state.model.pattern == self.compiled[-1]
-        self.patterns.append(state.model.pattern)
-        self.batches.append(jax.device_get(batch))
-        return state.replace(step=state.step + 1), {"loss": 1.0, "grad_norm": 0.5, "skipped": 0, "in_a_row": 0}
+        assert state.model.pattern == self.pattern
+        return self.fake(state, frozen, batch)

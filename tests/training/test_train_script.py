@@ -201,6 +201,21 @@ def test_the_loop_keeps_its_rhythm(train, fake, home, tmp_path, capsys):
     assert "resumed at step 10" in capsys.readouterr().out
 
 
+def test_steps_take_turns_between_patterns(train, fake, home, tmp_path):
+    """Catches: full_every that begins a step early, compiles at every turn, or is out of step after a restart."""
+    attention = AttentionConfig(pattern="short", group_size=8, full_every=3, full_last=0.3)
+    config = longlora(home, steps=10, save_every=4, keep_checkpoints=9, mesh=MeshConfig(fsdp=1), attention=attention)
+    train(config, tmp_path / "work")
+    short = Pattern("short", 8)
+    assert fake.patterns == [short, short, FULL, short, short, FULL, short, FULL, FULL, FULL]
+    assert fake.compiled == [short, FULL]
+    fake.patterns.clear()
+    for step in ("8", "10"):
+        os.rename(tmp_path / "work" / "checkpoints" / step, tmp_path / f"undone-{step}")
+    train(config, tmp_path / "work")
+    assert fake.patterns == [short, FULL, short, FULL, FULL, FULL]
+
+
 def test_packed_and_mixed_data_reach_the_step(train, fake, home, tmp_path, capsys):
     """Catches: segments that a step does not see, or pays for where there are none; a batch that is placed ahead and
     lost or trained twice on resume; a census without the account; a run that goes on with other data."""
