@@ -93,7 +93,12 @@ def test_adapters_apart_merged_and_exported_say_the_same(tmp_path):
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
 @pytest.mark.parametrize(
     "axes, rows, cut",
-    [((1, 2, 1, 4), 4, (2, 1)), ((2, 2, 2, 1), 4, (2, 1)), ((2, 2, 2, 1), 1, (1, 1)), ((1, 1, 4, 2), 1, (1, 2))],
+    [
+        ((1, 2, 1, 4), 4, (2, 1)),
+        pytest.param((2, 2, 2, 1), 4, (2, 1), marks=pytest.mark.slow),
+        ((2, 2, 2, 1), 1, (1, 1)),
+        ((1, 1, 4, 2), 1, (1, 2)),
+    ],
     ids=str,
 )
 def test_a_mesh_says_what_one_device_says(axes, rows, cut):

@@ -61,7 +61,13 @@ def loss_and_gradients(model: Llama, params, batch):
 
 # Each case once; the other half is slow, as all are compiled anew.
 PACKED = ("s2", "heads that do not divide", "groups over context", "full over context")
-SLOW = ("s2, four heads a chunk", "an ablation", "groups over context", "full")  # others have what these have
+SLOW = (
+    "s2, four heads a chunk",
+    "an ablation",
+    "groups over context",
+    "half a group over context",
+    "full",
+)  # others have what these have
 
 
 @pytest.mark.parametrize(

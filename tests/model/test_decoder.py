@@ -70,7 +70,13 @@ def logits(model, params, tokens, positions=None, segment_ids=None):
     return np.asarray(jax.jit(model.apply)({"params": params}, tokens, positions, segment_ids))
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+# These have nothing that another has not, here, below or in tests/weights/test_families.py.
+ALSO_ELSEWHERE = ("gqa_tied", "odd_heads", "mistral")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x in ALSO_ELSEWHERE else ()) for x in OPTIONS]
+)
 def test_logits_equal_transformers(name, tmp_path):
     """Catches: a head that reads another's keys, a lost bias, eps, theta or rope factor, a transposed kernel."""
     theirs = hf_model(**OPTIONS[name])

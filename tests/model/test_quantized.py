@@ -131,21 +131,32 @@ def steps(config: Config, devices: int) -> list[tuple[float, float]]:
     return found
 
 
+MESHES = {  # (mesh, devices, chunks)
+    "all axes": (MeshConfig(fsdp=2, context=2, tensor=2), 8, 1),
+    "chunks": (MeshConfig(fsdp=1, context=4), 4, 2),
+}
+QUICK = (("odd", "all axes"), ("nf4_double", "chunks"))  # the others are slow: each is compiled anew
+
+
 @needs_8
 @pytest.mark.parametrize(
-    "kind, sizes",
-    [("nf4", {}), ("nf4_double", ALIGNED), pytest.param("int8", ALIGNED, marks=pytest.mark.slow)],
-    ids=["odd nf4", "nf4_double", "int8"],
+    "kind, sizes, where",
+    [
+        pytest.param(
+            kind, sizes, where, id=f"{name}, {where}", marks=() if (name, where) in QUICK else pytest.mark.slow
+        )
+        for name, kind, sizes in (("odd", "nf4", {}), ("nf4_double", "nf4_double", ALIGNED), ("int8", "int8", ALIGNED))
+        for where in MESHES
+    ],
 )
-def test_eight_devices_compute_what_one_does(tmp_path, kind, sizes):
+def test_eight_devices_compute_what_one_does(tmp_path, kind, sizes, where):
     """Catches: shares of codes that are not those of their scales; chunks that unpack another kernel; a width that 64
     does not divide."""
     config, _ = folder_and_config(tmp_path, kind, **sizes)
     alone = steps(config, 1)
-    meshes = [MeshConfig(fsdp=2, context=2, tensor=2), MeshConfig(fsdp=1, context=4)]
-    for mesh, devices, chunks in zip(meshes, (8, 4), (1, 2), strict=True):
-        found = steps(dataclasses.replace(config, mesh=mesh, chunks=chunks), devices)
-        np.testing.assert_allclose(found, alone, rtol=2e-5)
+    mesh, devices, chunks = MESHES[where]
+    found = steps(dataclasses.replace(config, mesh=mesh, chunks=chunks), devices)
+    np.testing.assert_allclose(found, alone, rtol=2e-5)
 
 
 def temporaries(config: Config, layers: int) -> int:

@@ -61,7 +61,7 @@ def alone():
     [
         ((1, 2, 1, 4), 1),
         pytest.param((2, 2, 1, 2), 2, marks=pytest.mark.slow),
-        ((1, 1, 8, 1), 1),
+        pytest.param((1, 1, 8, 1), 1, marks=pytest.mark.slow),
         pytest.param((1, 1, 2, 1), 1, marks=pytest.mark.slow),
         pytest.param((1, 2, 4, 1), 1, marks=pytest.mark.slow),
         ((2, 1, 2, 2), 2),
