@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Runs tasks of lm-eval on a model. Tasks that it ships fetch their data from the Hugging Face hub, "
         "unless --data holds it.",
         epilog="Example: python -m longlora_jax.evals.lm_eval --model runs/my_run --tasks niah_single_1,ruler_vt "
-        """--metadata '{"max_seq_lengths": [8192, 16384]}' --limit 50 --json ruler.json""",
+        """--metadata '{"max_seq_lengths": [16384]}' --limit 50 --json ruler.json""",
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="Hugging Face folder, converted checkpoint or training workdir")
