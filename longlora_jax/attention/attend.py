@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlora_jax.attention.kernels import MASKED, causal_attention
+from longlora_jax.attention.kernels import MASKED, blockwise_attention, causal_attention, say_once
 from longlora_jax.attention.patterns import ABLATIONS, ALIKE, GROUPED, Pattern, allowed, plain_heads
 
 
@@ -19,8 +19,8 @@ def attend(q, k, v, pattern: Pattern, *, segment_ids=None):
     """Softmax attention under a pattern of LongLoRA.
 
     q: [B, T, N, H]; k, v: [B, T, K, H], N a multiple of K; segment_ids: [B, T] int32 or None (tokens see their
-    own segment only; give padding a segment of its own). Any T, any G. Returns [B, T, N, H] in q's dtype; scores
-    and softmax are float32. arXiv:2309.12307, section 3.2.
+    own segment only, a run of equal ids, none of which a row uses twice; give padding a segment of its own). Any T, any
+    G. Returns [B, T, N, H] in q's dtype; scores and softmax are float32. arXiv:2309.12307, section 3.2.
     """
     if pattern.name in ABLATIONS:
         return _by_predicate(q, k, v, pattern, segment_ids)
@@ -133,6 +133,10 @@ def _shifted(q, k, v, segment_ids, pattern: Pattern, t: int, g: int):
     back = np.argsort(order)
     q, k, v = (x[:, order] for x in (q, k, v))
     segments = None if segment_ids is None else segment_ids[:, order]
+    if segments is not None and pattern.name == "s2_wrap" and t <= g:
+        # A segment over the middle of the row is now two runs, at both ends of the one group.
+        say_once("attention runs the blockwise XLA kernel: a group of s2_wrap as long as a packed row splits a segment")
+        return blockwise_attention(q, k, v, segments, softcap=pattern.softcap)[:, back]
     return pieces(q, k, v, segments, first=g, group=g, softcap=pattern.softcap)[:, back]
 
 

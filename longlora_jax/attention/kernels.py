@@ -2,9 +2,10 @@
 
 No kernel knows about groups or shifts: attend.py cuts a pattern into pieces that are causal inside, and
 every piece comes here as rows of a batch. TPUs run JAX's splash attention, NVIDIA's GPUs cuDNN's flash attention where
-it can (gpu_fault says where not). The XLA kernel below runs on any device: it is the tiling of FlashAttention-2
-(arXiv:2307.08691) written with jax.numpy: blocks of scores are made, used and dropped, blocks above the diagonal or
-before the window are never visited, and the backward pass recomputes scores from the saved log-sum-exp of each row.
+it can (gpu_fault says where not; segments.py has its packed rows). The XLA kernel below runs on any device: it is the
+tiling of FlashAttention-2 (arXiv:2307.08691) written with jax.numpy: blocks of scores are made, used and dropped,
+blocks above the diagonal or before the window are never visited, and the backward pass recomputes scores from the saved
+log-sum-exp of each row.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+
+from longlora_jax.attention.segments import segmented_attention, segments_fault
 
 # Finite: a block without any visible key then gives weights and not NaN. They are dropped by the diagonal block,
 # which comes last and where every query sees at least itself.
@@ -39,12 +42,12 @@ def compiled_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
-def kernel_name(dtype=jnp.bfloat16, head_dim: int = 128, softcap: float = 0.0) -> str:
-    """The kernel that causal_attention runs here for rows of one segment, for logs."""
+def kernel_name(dtype=jnp.bfloat16, head_dim: int = 128, softcap: float = 0.0, packed: bool = False) -> str:
+    """The kernel that causal_attention runs here without a window, for logs; packed: for rows of several segments."""
     platform = _platform.get() or jax.default_backend()
-    fault = gpu_fault((1, 1, 1, head_dim), dtype, 1, False, softcap=softcap, capability=_capability())
+    fault = gpu_fault((1, 1, 1, head_dim), dtype, 1, packed, softcap=softcap, capability=_capability())
     if platform == "gpu" and not fault:
-        return "cudnn on gpu"
+        return "cudnn's segments on gpu" if packed else "cudnn on gpu"
     return f"splash on {platform}" if platform == "tpu" else f"xla-blockwise on {platform}"
 
 
@@ -52,9 +55,10 @@ def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: flo
     """Causal attention of each batch row by itself.
 
     q: [Z, T, N, H]; k, v: [Z, T, K, H] with N a multiple of K (query head n reads kv head n // (N // K));
-    segment_ids: [Z, T] int32 or None, tokens see their own segment only; window: tokens see themselves and the
-    window - 1 before them (0: all before); softcap: scores become softcap * tanh(scores / softcap) (0: as they are).
-    Returns [Z, T, N, H] in q's dtype. Scores, softmax and sums are float32.
+    segment_ids: [Z, T] int32 or None, tokens see their own segment only, a run of equal ids (none is used twice);
+    window: tokens see themselves and the window - 1 before them (0: all before); softcap: scores become
+    softcap * tanh(scores / softcap) (0: as they are). Returns [Z, T, N, H] in q's dtype; scores, softmax and sums are
+    float32.
     """
     if window >= q.shape[1]:
         window = 0
@@ -62,16 +66,16 @@ def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: flo
     if platform == "tpu":
         return splash_attention(q, k, v, segment_ids, window=window, softcap=softcap)
     if platform == "gpu":
-        packed = segment_ids is not None
-        fault = gpu_fault(q.shape, q.dtype, k.shape[2], packed, softcap=softcap, capability=_capability())
+        packed, cap = segment_ids is not None, _capability()
+        fault = gpu_fault(q.shape, q.dtype, k.shape[2], packed, softcap=softcap, window=window, capability=cap)
         if not fault:
-            return cudnn_attention(q, k, v, window=window)
-        _say_once(f"attention runs the blockwise XLA kernel, not cuDNN's: {fault}")
+            return segmented_attention(q, k, v, segment_ids) if packed else cudnn_attention(q, k, v, window=window)
+        say_once(f"attention runs the blockwise XLA kernel, not cuDNN's: {fault}")
     return blockwise_attention(q, k, v, segment_ids, window=window, softcap=softcap)
 
 
 def gpu_fault(
-    q_shape, dtype, kv_heads: int, segments: bool, *, softcap: float = 0.0, capability: str | None = None
+    q_shape, dtype, kv_heads: int, segments: bool, *, softcap=0.0, window=0, capability: str | None = None
 ) -> str:
     """Why cuDNN's flash attention cannot take q [Z, T, N, H] and kv_heads heads of keys and values; "" where it can.
 
@@ -93,8 +97,7 @@ def gpu_fault(
         return f"{heads} query heads are no multiple of {kv_heads} kv heads"
     if softcap:
         return "scores are capped, and jax.nn.dot_product_attention cannot ask it for that"
-    # Its packed layout wants a bound on the documents of a row, and jax.nn does not offer it; a mask would be [T, T].
-    return "rows are packed, and it takes no segments" if segments else ""
+    return segments_fault(q_shape, window, capability) if segments else ""
 
 
 @functools.cache
@@ -107,7 +110,7 @@ def _capability() -> str | None:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     log.warning(message)
 
 

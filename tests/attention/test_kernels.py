@@ -36,7 +36,7 @@ BF16 = "bfloat16"
 def cudnn(monkeypatch):
     """JAX asks the library for its version before it traces a call of it: here there is no library."""
     monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91_000)
-    kernels._say_once.cache_clear()
+    kernels.say_once.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,9 @@ def cudnn(monkeypatch):
         ((4, 8192, 32, 256), BF16, 32, False, None, "multiple of 8 and at most 128, not 256"),
         ((4, 8192, 32, 264), BF16, 32, False, "9.0", "multiple of 8 and at most 256, not 264"),
         ((4, 8192, 3, 64), BF16, 2, False, "9.0", "3 query heads are no multiple of 2 kv heads"),
-        ((4, 8192, 32, 128), BF16, 32, True, "9.0", "no segments"),
+        ((4, 8192, 32, 128), BF16, 32, True, "9.0", ""),
+        ((4, 8192, 32, 128), "float32", 32, True, "9.0", "not float32"),
+        ((4, 8192, 32, 128), BF16, 32, True, "8.9", "rows are packed"),
         ((4, 8192, 32, 128), BF16, 32, False, "7.5", "compute capability 8.0 or later, this GPU has 7.5"),
         ((4, 8192, 32, 128), BF16, 32, False, "", "NVIDIA"),
     ],
@@ -121,7 +123,8 @@ def test_what_cudnn_does_not_take_is_said_once(cudnn, caplog):
         assert calls(gradients(Pattern("s2", 16), segment_ids=segments), *qkv(64, 4, 2, 64)) == []
     assert [record.message for record in caplog.records] == [
         "attention runs the blockwise XLA kernel, not cuDNN's: it takes bfloat16 and float16, not float32",
-        "attention runs the blockwise XLA kernel, not cuDNN's: rows are packed, and it takes no segments",
+        "attention runs the blockwise XLA kernel, not cuDNN's: rows are packed, and its segments need a Hopper GPU "
+        "(compute capability 9.0): this machine's GPU is not known",
     ]
 
 
