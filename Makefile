@@ -4,7 +4,7 @@ PY = .venv/bin/python
 # Large pages make XLA's buffers on a CPU a third cheaper to touch; glibc alone reads this, elsewhere it does nothing.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-all lint bench
+.PHONY: quickstart test test-all lint bench gpu
 
 quickstart: .venv/run  ## extend a small LLaMA 8 times, export it, and show what that brought (minutes)
 	$(PY) -m longlora_jax.quickstart
@@ -23,6 +23,10 @@ lint: .venv/test  ## format, lint and types
 bench: .venv/test  ## training against transformers + PEFT; attention by length
 	$(PY) benchmarks/train_step.py --json benchmarks/train_step.json
 	$(PY) -m benchmarks.attention --json benchmarks/attention.json
+
+MINUTES ?= 15
+gpu: .venv/test  ## on a machine with an NVIDIA GPU: correctness and speed there, beside torch, in MINUTES; see docs/measured.md
+	$(PY) -m benchmarks.gpu --minutes $(MINUTES)
 
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or later is needed: make PYTHON=python3.12 ...")'

@@ -4,10 +4,11 @@
 
 On a CPU: 1,024 to 16,384 tokens, a LLaMA of D 256, 2 layers, 4 heads of 64, F 704, V 1,024 in float32. On a GPU: 8,192
 to 131,072 tokens, LLaMA-2 7B's shape (--layers of it) in bfloat16, and beside our attention torch's flash attention on
-the same groups, in a process of its own. "attention" is one layer's forward and gradients for q, k and v; "step" is a
-training step of one row, remat block. Every program is compiled first; then all take turns, one run each a round,
-so that a machine which speeds up or slows down does so for all. Exponents are least squares of log(value) on log(T),
-over the best of the rounds; memory is what the compiler allots for temporaries.
+the same groups, in a process of its own; lengths whose step does not fit the card by the planner's formula are left
+out. "attention" is one layer's forward and gradients for q, k and v; "step" is a training step of one row, remat block.
+Every program is compiled first; then all take turns, one run each a round, so that a machine which speeds up or slows
+down does so for all. Exponents are least squares of log(value) on log(T), over the best of the rounds; memory is what
+the compiler allots for temporaries, and of a GPU also its own count at the worst, of all programs together.
 
 FLOPs are the useful ones: the pairs that causality and groups leave, forward and twice that backward; frozen matrices
 once forward and once for the gradient of their input; nothing that is computed again. MFU is over the peak in chips.py.
@@ -217,6 +218,27 @@ def configs(platform: str, lengths, layers: int):
             yield name, dataclasses.replace(config, model=run.extend_model(model, config))
 
 
+def fitting(everything: list) -> list:
+    """The configs whose step fits this device by the planner's formula; all where it does not tell its memory."""
+    import jax
+
+    from longlora_jax.config import MeshConfig
+    from longlora_jax.parallel.sharding import make_mesh
+    from longlora_jax.plan import costs
+
+    if not (limit := (jax.devices()[0].memory_stats() or {}).get("bytes_limit")):
+        return everything
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    needed = {config.seq_len: costs.estimate(config, mesh)["total"] for _, config in everything}
+    for seq_len, size in needed.items():
+        if size > costs.SPARE * limit:
+            print(f"left out   {seq_len:,}: {size / 2**30:.1f} GiB by estimate, of {limit / 2**30:.1f}", flush=True)
+    found = [(name, config) for name, config in everything if needed[config.seq_len] <= costs.SPARE * limit]
+    if not found:
+        raise errors.UserError("no length fits this device: give fewer --layers, or a shorter --seq_len")
+    return found
+
+
 def exponents(rows: list[dict]) -> list[dict]:
     """How best seconds and bytes of each kind of program grow: the slope of their logarithms over that of T."""
     import numpy as np
@@ -272,7 +294,7 @@ def main() -> None:
     platform, kind = jax.default_backend(), jax.devices()[0].device_kind
     peak = peak_flops(kind)
     lengths = tuple(map(int, args.seq_len.split(","))) if args.seq_len else LENGTHS[platform]
-    everything = list(configs(platform, lengths, args.layers))
+    everything = fitting(list(configs(platform, lengths, args.layers)))
     beside = Torch() if platform == "gpu" and not args.no_torch else None
     with contextlib.closing(beside) if beside else contextlib.nullcontext():
         steps, cases = Steps(everything[0][1]), []
@@ -316,6 +338,8 @@ def main() -> None:
         )
     if args.json:
         device = {"platform": platform, "kind": kind, "cores": os.cpu_count(), "jax": jax.__version__}
+        if peak_bytes := (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
+            device["peak_bytes"] = peak_bytes
         device["kernel"] = kernel_name(everything[0][1].dtype, everything[0][1].model.head_dim)
         write_json(args.json, {"device": device, "results": rows, "exponents": grows, "speed_over_full": ratios})
 

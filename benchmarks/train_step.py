@@ -2,13 +2,13 @@
 
 Command:  python benchmarks/train_step.py --json benchmarks/train_step.json   (about 15 minutes on 2 cores)
 
-The model: D 512, 8 layers, 8 heads, F 1408, V 32,000, random weights, float32. The step: LoRA r=8 on q, k, v, o,
-the embedding and all norms; forward, backward, gradient clipping, AdamW. Every way of running it ("variant") is a
-process of its own, so that its peak memory is its own; all of them take turns, one step each, so that a machine
-which speeds up or slows down does so for all. The peer has the same group pattern: its heads are cut in two, the
-second half is shifted and cut in groups (of equal length and unmasked but for causality, so SDPA runs its flash
-path), with gradient checkpointing. Before anything is timed, both start from the same weights and must agree on
-the loss.
+The model: D 512, 8 layers, 8 heads, F 1408, V 32,000, random weights; float32 on a CPU, bfloat16 on a GPU. The step:
+LoRA r=8 on q, k, v, o, the embedding and all norms; forward, backward, gradient clipping, AdamW. Every way of running
+it ("variant") is a process of its own, so that its peak memory is its own (on a GPU as its library counts it, on a CPU
+that of the process); all of them take turns, one step each, so that a machine which speeds up or slows down does so for
+all. The peer has the same group pattern: its heads are cut in two, the second half is shifted and cut in groups (of
+equal length and unmasked but for causality, so SDPA runs its flash path), with gradient checkpointing. Before anything
+is timed, both start from the same weights and must agree on the loss.
 """
 
 import argparse
@@ -40,10 +40,12 @@ VARIANTS = {  # name: (library, attention, remat)
 }
 PEER = "peer s2, checkpointing"
 LEARNING_RATE, RANK, ALPHA = 2e-5, 8, 16
+# How far first losses may lie apart: other orders of sums in float32; of logits up to some 4, bfloat16 keeps 1e-2.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
 
 
 def our_step(seq_len: int, attention: str, remat: str, weights: str):
-    """A function that does one step of ours on tokens [1, T] and returns the loss."""
+    """(run, peak, about): run does one step of ours on tokens [1, T] and returns the loss; peak: bytes until now."""
     import jax
     import jax.numpy as jnp
 
@@ -55,9 +57,11 @@ def our_step(seq_len: int, attention: str, remat: str, weights: str):
     from longlora_jax.training.step import TrainState, jit_train_step
     from longlora_jax.weights import hf
 
+    gpu = jax.default_backend() == "gpu"
+    dtype = jnp.bfloat16 if gpu else jnp.float32
     config, base = hf.load_hf(weights)
     pattern = FULL if attention == "full" else Pattern("s2", seq_len // 4)
-    model = Llama(config, lora=LoraConfig(rank=RANK, alpha=ALPHA), pattern=pattern, remat=remat)
+    model = Llama(config, lora=LoraConfig(rank=RANK, alpha=ALPHA), pattern=pattern, remat=remat, dtype=dtype)
     is_new = lambda path, _: path[-1].key.startswith("lora_")  # noqa: E731
 
     def adapters(key):
@@ -66,6 +70,7 @@ def our_step(seq_len: int, attention: str, remat: str, weights: str):
 
     params = combine(jax.jit(adapters)(jax.random.PRNGKey(0)), jax.tree.map(jnp.asarray, base))
     trainable, frozen = partition(params, trainable_mask(params, "longlora"))
+    frozen = jax.tree.map(lambda x: x.astype(dtype), frozen)
     optimizer = optim.make_optimizer(OptimConfig(learning_rate=LEARNING_RATE, warmup_steps=0), 1000)
     state = TrainState.create(model=model, optimizer=optimizer, trainable=trainable)
     # Committed to the device, as train.py has it; else the second step would be compiled anew and timed so.
@@ -80,7 +85,10 @@ def our_step(seq_len: int, attention: str, remat: str, weights: str):
         state, metrics = step(state, frozen, batch)
         return float(metrics["loss"])
 
-    return run
+    def peak() -> int:
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"] if gpu else process_peak()
+
+    return run, peak, {"device": jax.devices()[0].device_kind, "dtype": jnp.dtype(dtype).name}
 
 
 def grouped_attention(group: int):
@@ -109,14 +117,17 @@ def grouped_attention(group: int):
 
 
 def peer_step(seq_len: int, attention: str, remat: str, weights: str):
-    """The same step by transformers, PEFT and torch."""
+    """The same step by transformers, PEFT and torch: as our_step."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AttentionInterface, AutoModelForCausalLM
 
+    gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     torch.set_num_threads(os.cpu_count())
     AttentionInterface.register("grouped", grouped_attention(seq_len // 4))
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32, attn_implementation="grouped")
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, attn_implementation="grouped")
+    model.to(device)
     model.config.use_cache = False
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
@@ -129,7 +140,7 @@ def peer_step(seq_len: int, attention: str, remat: str, weights: str):
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
 
     def run(tokens) -> float:
-        ids = torch.from_numpy(tokens).long()
+        ids = torch.from_numpy(tokens).long().to(device)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -137,7 +148,15 @@ def peer_step(seq_len: int, attention: str, remat: str, weights: str):
         optimizer.zero_grad()
         return loss.item()
 
-    return run
+    def peak() -> int:
+        return torch.cuda.max_memory_allocated() if gpu else process_peak()
+
+    return run, peak, {"device": torch.cuda.get_device_name() if gpu else "cpu", "dtype": str(dtype).split(".")[1]}
+
+
+def process_peak() -> int:
+    """Bytes of this process at its worst."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def worker(variant: str, seq_len: int, weights: str) -> None:
@@ -145,13 +164,13 @@ def worker(variant: str, seq_len: int, weights: str) -> None:
     import numpy as np
 
     library, attention, remat = VARIANTS[variant]
-    run = (our_step if library == "ours" else peer_step)(seq_len, attention, remat, weights)
+    run, peak, about = (our_step if library == "ours" else peer_step)(seq_len, attention, remat, weights)
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (1, seq_len), dtype=np.int32)
     for _ in sys.stdin:
         began = time.perf_counter()
         loss = run(tokens)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"loss": loss, "seconds": time.perf_counter() - began, "peak_bytes": peak}), flush=True)
+        found = {"loss": loss, "seconds": time.perf_counter() - began, "peak_bytes": peak()}
+        print(json.dumps(found | about), flush=True)
 
 
 class Worker:
@@ -159,12 +178,14 @@ class Worker:
 
     def __init__(self, variant: str, seq_len: int, weights: str):
         command = [sys.executable, __file__, "--worker", variant, "--seq_len", str(seq_len), "--weights", weights]
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        # The others need memory of the same GPU.
+        ours = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        env = {**os.environ, **ours}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, text=True, env=env, **pipes)
 
     def step(self) -> dict:
-        """One step: {"loss", "seconds", "peak_bytes"}."""
+        """One step: {"loss", "seconds", "peak_bytes", "device", "dtype"}."""
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -183,8 +204,8 @@ def measure(seq_len: int, weights: str, rounds: int) -> list[dict]:
     workers = {name: Worker(name, seq_len, weights) for name in VARIANTS}
     first = {name: w.step() for name, w in workers.items()}
     losses = {name: r["loss"] for name, r in first.items() if VARIANTS[name][1] == "s2"}
-    # The same weights and tokens: the first loss differs by float32 rounding of other summation orders alone.
-    if max(losses.values()) - min(losses.values()) > 1e-3:
+    # The same weights and tokens: the first loss differs by the rounding of other summation orders alone.
+    if max(losses.values()) - min(losses.values()) > TOLERANCE[first[PEER]["dtype"]]:
         raise SystemExit(f"the variants do not compute the same loss: {losses}")
     times: dict[str, list[float]] = {name: [] for name in workers}
     for turn in range(rounds):
@@ -200,6 +221,8 @@ def measure(seq_len: int, weights: str, rounds: int) -> list[dict]:
         {
             "seq_len": seq_len,
             "variant": name,
+            "device": first[name]["device"],
+            "dtype": first[name]["dtype"],
             "first_loss": first[name]["loss"],
             "seconds": times[name],
             "tokens_per_second": seq_len / statistics.median(times[name]),

@@ -154,7 +154,7 @@ def _vjp_backward(residuals, d_out):
 
     def fill():
         _, back = jax.vjp(lambda q, k, v: _short(q, k, v, jnp.cumsum(begins, axis=1)), q, k, v)
-        return take(short, back(jnp.where(short[..., None, None], d_out, 0)), grads)
+        return take(short, back(d_out), grads)
 
     return *jax.lax.cond(jnp.any(short), fill, lambda: grads), None
 

@@ -1,0 +1,1 @@
+"""One command for one NVIDIA GPU, python -m benchmarks.gpu: correctness and speed of kernels and training steps."""
