@@ -23,7 +23,7 @@ def main() -> None:
     from longlora_jax.attention.patterns import FULL, Pattern
 
     shapes = TINY_SHAPES if part.tiny else SHAPES
-    lengths = (512, 1024) if part.tiny else LENGTHS
+    lengths = (256, 512) if part.tiny else LENGTHS
     dtype = "float32" if part.tiny else "bfloat16"
     part.head = jax_device() | {"dtype": dtype, "kernel": kernels.kernel_name(dtype)}
     part.head["kernel_packed"] = kernels.kernel_name(dtype, packed=True)

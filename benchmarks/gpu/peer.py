@@ -31,7 +31,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if cuda else "cpu"
     part.head = {"device": name, "torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
     limit = torch.cuda.mem_get_info()[1] if cuda else 0
-    steps = TINY[:1] if part.tiny else steps_for(limit, jax.devices()[:1])
+    steps = TINY if part.tiny else steps_for(limit, jax.devices()[:1])
     steps = [step for step in steps if step.remat == "block" and not step.packed and step.seq_len <= 32_768]
 
     def repeated(group: int):

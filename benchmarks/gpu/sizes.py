@@ -64,4 +64,4 @@ def steps_for(limit: int, devices) -> list[Step]:
     return [step for step in wanted if planned(step, devices) <= costs.SPARE * limit]
 
 
-TINY = [Step("tiny", 1024), Step("tiny", 1024, packed=True), Step("tiny", 1024, "full", "attention")]
+TINY = [Step("tiny", 512, packed=True), Step("tiny", 512)]

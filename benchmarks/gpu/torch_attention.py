@@ -60,8 +60,8 @@ def main() -> None:
         else:
             part.run(row, measure)
 
-    for shape in SHAPES:
-        for t in (512, 1024) if part.tiny else LENGTHS:
+    for shape in TINY_SHAPES if part.tiny else SHAPES:
+        for t in (256, 512) if part.tiny else LENGTHS:
             for backend in BACKENDS if cuda else BACKENDS[1:2]:
                 for what, pattern in (("full", FULL), ("s2 G=T/4", Pattern("s2", t // 4))):
                     case(shape, t, backend, what, pattern)
