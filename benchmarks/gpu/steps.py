@@ -57,7 +57,8 @@ def main() -> None:
     device, limit = jax.devices()[0], memory_limit()
     mesh = sharding.make_mesh(MeshConfig(), [device])
     dtype = "float32" if part.tiny else "bfloat16"
-    part.head = jax_device() | {"dtype": dtype, "limit_gib": limit / 2**30, "mfu": "useful FLOPs, see benchmarks/gpu"}
+    part.head = jax_device() | {"dtype": dtype, "limit_gib": limit / 2**30}
+    part.head["mfu"] = "useful FLOPs (frozen matrices twice, causal pairs, nothing twice by remat) over the 16-bit peak"
     peak = part.head.get("peak_tflops")
     steps = TINY if part.tiny else sorted(steps_for(limit, [device]), key=lambda step: planned(step, [device]))
     held: dict[str, tuple] = {}
