@@ -121,4 +121,4 @@ def test_a_rehearsal(monkeypatch, tmp_path):
     found = rehearse(monkeypatch, tmp_path, ",".join(command.PARTS))
     wrong = [row for content in found.values() for row in content["rows"] if "error" in row or "skipped" in row]
     assert not wrong and not found["check"]["failed"]
-    assert "perplexity 512" in found["smollm2"]["rows"][-1]
+    assert "perplexity 256" in found["smollm2"]["rows"][-1]

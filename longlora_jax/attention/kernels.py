@@ -111,6 +111,7 @@ def _capability() -> str | None:
 
 @functools.cache
 def say_once(message: str) -> None:
+    """Warns of it in the log, the first time."""
     log.warning(message)
 
 
