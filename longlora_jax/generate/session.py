@@ -96,8 +96,8 @@ def as_read(model: Llama) -> Llama:
     return model.clone(mesh=mesh, pattern=FULL, remat="none", chunks=1)
 
 
-def lower_step(model: Llama, params, cache: Cache, t: int):
-    """What reads t tokens of each row into a cache, jax.stages.Lowered, of a model out of as_read.
+def trace_step(model: Llama, params, cache: Cache, t: int):
+    """What reads t tokens of each row into a cache, jax.stages.Traced, of a model out of as_read.
 
     params, cache: arrays or jax.ShapeDtypeStruct with their shardings.
     """
@@ -106,7 +106,7 @@ def lower_step(model: Llama, params, cache: Cache, t: int):
     small = functools.partial(jax.ShapeDtypeStruct, sharding=place)
     tokens, counts = small((rows, t), jnp.int32), small((rows,), jnp.int32)
     logits = small((rows, model.config.vocab_size), jnp.float32)
-    return _advance.lower(model, params, cache, tokens, counts, logits)
+    return _advance.trace(model, params, cache, tokens, counts, logits)
 
 
 class Session:

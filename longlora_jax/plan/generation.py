@@ -15,7 +15,7 @@ from longlora_jax.attention.kernels import compiled_for
 from longlora_jax.config import Config, ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.generate.generation import best_mesh
-from longlora_jax.generate.session import as_read, lower_step
+from longlora_jax.generate.session import as_read, trace_step
 from longlora_jax.model.cache import Cache, abstract_cache, cut_of
 from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params
@@ -136,7 +136,7 @@ def _held(tree) -> int:
 def _compiled(model: Llama, params, cache: Cache, t: int) -> int:
     """Bytes on a device of the compiled step that reads t tokens."""
     try:
-        return compiled_memory(lower_step(model, params, cache, t).compile())["total"]
+        return compiled_memory(trace_step(model, params, cache, t).lower().compile())["total"]
     except jax.errors.JaxRuntimeError as error:
         return exceeded(error, (params, cache))
 
