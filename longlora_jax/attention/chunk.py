@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longlora_jax.attention.kernels import MASKED, causal_mask, device_capability, gpu_fault, platform
+from longlora_jax.attention.kernels import MASKED, causal_mask, device_capability, gpu_fault, platform, say_once
 
 LEAST = 128  # queries: a kernel's block; of fewer, the scores are small enough to be made
 
@@ -29,7 +29,10 @@ def chunk_kernel(q_shape, dtype, kv_heads: int, keys: int, *, softcap: float = 0
         return ""
     if platform() == "gpu":
         options = {"softcap": softcap, "capability": device_capability()}
-        return "" if gpu_fault((b, t, n, h), dtype, kv_heads, False, **options) else "cudnn"
+        if not (fault := gpu_fault((b, t, n, h), dtype, kv_heads, False, **options)):
+            return "cudnn"
+        say_once(f"prompts are read by blocks of XLA's, not by cuDNN's attention: {fault}")
+        return ""
     return "splash" if platform() == "tpu" else ""
 
 
@@ -93,10 +96,17 @@ def cudnn_piece(q, k, v, counts=None, *, softcap: float = 0.0):
 
     assert not softcap, "gpu_fault refuses it"
     options: Any = {"scale": 1 / math.sqrt(q.shape[-1]), "qkv_layout": "BNTH", "return_residual": True}
+    t = q.shape[2]
     if counts is None:
-        return dot_product_attention(q, k, v, mask_type=MaskType.CAUSAL, **options)
-    lengths = {"q_seqlen": jnp.full_like(counts, q.shape[2]), "kv_seqlen": jnp.maximum(counts, 1)}
-    return dot_product_attention(q, k, v, **lengths, mask_type=MaskType.PADDING, **options)
+        options["mask_type"] = MaskType.CAUSAL
+    else:
+        options |= {"mask_type": MaskType.PADDING, "kv_seqlen": jnp.maximum(counts, 1)}
+        options["q_seqlen"] = jnp.full_like(counts, t)
+    if t % 2:  # see kernels.cudnn_attention
+        q, *own = (jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) for x in ((q, k, v) if counts is None else (q,)))
+        k, v = own or (k, v)
+    out, log_total = dot_product_attention(q, k, v, **options)
+    return out[:, :, :t], log_total[:, :, :t]
 
 
 def nothing(shape):

@@ -69,7 +69,7 @@ def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: flo
         fault = gpu_fault(q.shape, q.dtype, k.shape[2], packed, softcap=softcap, capability=device_capability())
         if not fault:
             return cudnn_attention(q, k, v, window=window)
-        _say_once(f"attention runs the blockwise XLA kernel, not cuDNN's: {fault}")
+        say_once(f"attention runs the blockwise XLA kernel, not cuDNN's: {fault}")
     return blockwise_attention(q, k, v, segment_ids, window=window, softcap=softcap)
 
 
@@ -110,7 +110,7 @@ def device_capability() -> str | None:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
     log.warning(message)
 
 

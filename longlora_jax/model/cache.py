@@ -107,7 +107,7 @@ def _empty(config: ModelConfig, rows: int, tokens: int, dtype, chunk: int, sinks
         needed = [min(tokens, own or tokens) + chunk for own in config.windows]
         cut = cut_of(rows, config.num_key_value_heads, mesh)
         ways = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in cut.slots)
-        size = _block_size(-(-max(needed) // ways)) * ways
+        size = _block_size(*(-(-slots(needed) // ways) for slots in (min, max))) * ways
         counts = [-(-slots // size) for slots in needed]
         reach = [own or NO_LIMIT for own in config.windows]
     shape = (sum(counts), rows, config.num_key_value_heads, size, config.head_dim)
@@ -129,10 +129,14 @@ def _empty(config: ModelConfig, rows: int, tokens: int, dtype, chunk: int, sinks
     )
 
 
-def _block_size(slots: int) -> int:
-    """Slots of a block of which a device has so many: equal shares of at most PIECE, or BLOCK where no kernel runs."""
-    blocks = -(-slots // (BLOCK if platform() == "cpu" else PIECE))
-    return _few_sizes(-(-slots // blocks))
+def _block_size(least: int, most: int) -> int:
+    """Slots of a block, of a device whose layers have so many or more: the layer with most has blocks of equal size.
+
+    BLOCK or less where no kernel runs, else PIECE or less; as a ring takes a whole block or more, a quarter of PIECE
+    beside short rings.
+    """
+    largest = BLOCK if platform() == "cpu" else max(min(PIECE, _few_sizes(least)), PIECE // 4)
+    return _few_sizes(-(-most // -(-most // largest)))
 
 
 def _few_sizes(slots: int) -> int:

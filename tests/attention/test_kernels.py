@@ -36,7 +36,7 @@ BF16 = "bfloat16"
 def cudnn(monkeypatch):
     """JAX asks the library for its version before it traces a call of it: here there is no library."""
     monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91_000)
-    kernels._say_once.cache_clear()
+    kernels.say_once.cache_clear()
 
 
 @pytest.mark.parametrize(
