@@ -3,7 +3,8 @@
 Where a prompt is read in chunks, a chunk sees all that came before and, of itself, what is not ahead. The first needs
 no mask and the second no offset, so that the kernels of training (kernels.py) compute either, whatever the position.
 Parts are put together by the log-sum-exp of their scores, as blocks are in FlashAttention (arXiv:2205.14135): by `join`
-on one device, by `join_over` those of devices that hold a piece each.
+on one device, by `join_over` those of devices that hold a piece each. What no kernel computes is made of small blocks
+of scores (`block_scores`, `add_block`), under any mask.
 
 Sums are a softmax that is not yet divided: (weighted values [..., H], largest score [...], sum of weights [...]), f32.
 """
@@ -115,6 +116,29 @@ def nothing(shape):
     return jnp.zeros(shape, jnp.float32), jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
 
 
+def by_kv_head(q, kv_heads: int):
+    """[B, T, N, H] as [B, K, N/K, T, H]."""
+    b, t, n, h = q.shape
+    return q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
+
+
+def block_scores(q, keys, seen, softcap: float | None):
+    """Scaled scores [B, K, R, T, s] in float32 of by_kv_head's queries and keys [B, K, s, H]; seen: [B, T, s]."""
+    scores = jnp.einsum("bkrth,bksh->bkrts", q, keys, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    return jnp.where(seen[:, None, None], scores, MASKED)
+
+
+def add_block(sums, scores, values):
+    """Sums of by_kv_head's queries with those of a block more: block_scores and values [B, K, s, H]."""
+    acc, top, total = sums
+    new_top = jnp.maximum(top, scores.max(-1))
+    # Where nothing was seen yet all weights are one: the first score that counts makes them vanish.
+    weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+    new = jnp.einsum("bkrts,bksh->bkrth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return acc * decay[..., None] + new, new_top, total * decay + weights.sum(-1)
+
+
 def join(one, other):
     """The sums of two sets of keys together."""
     top = jnp.maximum(one[1], other[1])
@@ -132,3 +156,11 @@ def join_over(sums, axes: tuple[str, ...]):
     share = jnp.exp(own - top)
     acc, total = jax.lax.psum((acc * share[..., None], total * share), axes)
     return acc, top, total
+
+
+def mean_of(sums):
+    """[B, T, N, H] float32 of the sums of by_kv_head's queries."""
+    acc, _, total = sums
+    out = acc / total[..., None]
+    b, kv_heads, rep, t, h = out.shape
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, kv_heads * rep, h)

@@ -25,7 +25,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlora_jax.attention.chunk import attend_piece, chunk_kernel, join, join_over, nothing
+from longlora_jax.attention.chunk import (
+    add_block,
+    attend_piece,
+    block_scores,
+    by_kv_head,
+    chunk_kernel,
+    join,
+    join_over,
+    mean_of,
+    nothing,
+)
 from longlora_jax.attention.context_parallel import row_axes
 from longlora_jax.attention.kernels import MASKED, platform
 from longlora_jax.attention.rope import apply_rope
@@ -250,7 +260,7 @@ def _attend_to_share(q, k, v, cache: Cache, axes: tuple[str, ...], ways: int, sh
 
     before, cache = cache, cache.replace(keys=write(cache.keys, k), values=write(cache.values, v))
     last = cache.lengths[:, None] + t - 1
-    grouped = _by_kv_head(q, kv_heads)
+    grouped = by_kv_head(q, kv_heads)
     step = here if t * here <= BLOCK * BLOCK else min(here, BLOCK)
     parts = here // step
 
@@ -261,7 +271,7 @@ def _attend_to_share(q, k, v, cache: Cache, axes: tuple[str, ...], ways: int, sh
         ahead = new[:, :, None] - position
         keys, values = (_block(x, first + j, start, step) for x in (cache.keys, cache.values))
         seen = (position >= 0) & (ahead >= 0) & (ahead < reach)
-        return _add(sums, _scores(grouped, keys, seen, cache.softcap), values)
+        return add_block(sums, block_scores(grouped, keys, seen, cache.softcap), values)
 
     def by_blocks():
         longest = (jnp.max(cache.lengths) + t + size - 1) // size
@@ -289,7 +299,7 @@ def _attend_to_share(q, k, v, cache: Cache, axes: tuple[str, ...], ways: int, sh
         sums = jax.lax.cond(reach == NO_LIMIT, by_kernel, by_blocks)
     else:
         sums = by_kernel()
-    return _mean(join_over(sums, axes)), cache
+    return mean_of(join_over(sums, axes)), cache
 
 
 def _attend_to_few(q, k, v, cos, sin, cache: Cache):
@@ -301,12 +311,12 @@ def _attend_to_few(q, k, v, cos, sin, cache: Cache):
         keys=cache.keys.at[cache.layer, rows, :, at].set(k), values=cache.values.at[cache.layer, rows, :, at].set(v)
     )
     in_ring = _in_ring(cache, t)
-    near, far = (_by_kv_head(apply_rope(q, cos[i], sin[i]), k.shape[2]) for i in (0, 2))
+    near, far = (by_kv_head(apply_rope(q, cos[i], sin[i]), k.shape[2]) for i in (0, 2))
     sums = nothing(near.shape)
     if sinks:
         keys, values = (x[cache.layer, :, :, :sinks] for x in (cache.keys, cache.values))
         seen = jnp.arange(sinks)[None, None] <= new[:, :, None]
-        sums = _add(sums, _scores(far, _turned(keys, cos[3], sin[3]), seen, cache.softcap), values)
+        sums = add_block(sums, block_scores(far, _turned(keys, cos[3], sin[3]), seen, cache.softcap), values)
     size = min(BLOCK, slots)
 
     def block(j, sums):
@@ -315,15 +325,9 @@ def _attend_to_few(q, k, v, cos, sin, cache: Cache):
         seen = (position >= sinks) & (position <= new[:, :, None]) & (position > new[:, :, None] - cache.window)
         keys = _turned(_block(cache.keys, cache.layer, j * size, size), part(cos[1]), part(sin[1]))
         values = _block(cache.values, cache.layer, j * size, size)
-        return _add(sums, _scores(near, keys, seen, cache.softcap), values)
+        return add_block(sums, block_scores(near, keys, seen, cache.softcap), values)
 
-    return _mean(jax.lax.fori_loop(0, slots // size, block, sums)), cache
-
-
-def _by_kv_head(q, kv_heads: int):
-    """[B, T, N, H] as [B, K, N/K, T, H]."""
-    b, t, n, h = q.shape
-    return q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4)
+    return mean_of(jax.lax.fori_loop(0, slots // size, block, sums)), cache
 
 
 def _turned(keys, cos, sin):
@@ -335,28 +339,3 @@ def _block(array, block, start, size: int):
     """Slots [start, start + size) of a block, [B, K, size, H]."""
     _, b, kv_heads, _, h = array.shape
     return jax.lax.dynamic_slice(array, (block, 0, 0, start, 0), (1, b, kv_heads, size, h))[0]
-
-
-def _scores(q, keys, seen, softcap: float | None):
-    """Scaled scores [B, K, R, T, s] in float32; seen: [B, T, s]."""
-    scores = jnp.einsum("bkrth,bksh->bkrts", q, keys, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-    return jnp.where(seen[:, None, None], scores, MASKED)
-
-
-def _add(sums, scores, values):
-    """Sums (attention/chunk.py) with those of a block of keys."""
-    acc, top, total = sums
-    new_top = jnp.maximum(top, scores.max(-1))
-    # Where nothing was seen yet all weights are one: the first score that counts makes them vanish.
-    weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-    new = jnp.einsum("bkrts,bksh->bkrth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return acc * decay[..., None] + new, new_top, total * decay + weights.sum(-1)
-
-
-def _mean(sums):
-    """[B, T, N, H] of what was summed up."""
-    acc, _, total = sums
-    out = acc / total[..., None]
-    b, kv_heads, rep, t, h = out.shape
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, kv_heads * rep, h)
