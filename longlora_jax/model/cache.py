@@ -253,10 +253,13 @@ def _attend_to_share(q, k, v, cache: Cache, axes: tuple[str, ...], ways: int, sh
     at = new % slots
     within = at % size - share * here
 
+    # One scatter of rows of H numbers: with heads in its windows, XLA would turn a TPU's cache about, and copy it.
+    rows, heads = jnp.arange(q.shape[0])[:, None, None], jnp.arange(kv_heads)[None, :, None]
+    block_at = (first + at // size)[:, None]
+    slot_at = jnp.where((within >= 0) & (within < here), within, here)[:, None]  # what another device has is dropped
+
     def write(array, new):
-        one_row = lambda row, new, block, slot: row.at[block, :, slot].set(new, mode="drop")  # noqa: E731
-        place = jnp.where((within >= 0) & (within < here), within, here)  # what another device has is dropped
-        return jax.vmap(one_row, (1, 0, 0, 0), 1)(array, new, first + at // size, place)
+        return array.at[block_at, rows, heads, slot_at].set(new.swapaxes(1, 2), mode="drop")
 
     before, cache = cache, cache.replace(keys=write(cache.keys, k), values=write(cache.values, v))
     last = cache.lengths[:, None] + t - 1

@@ -38,33 +38,52 @@ def plan_generation(config: Config, topology: str, *, chunk: int = CHUNK, longes
     """
     found = find_topology(topology)
     if not longest:
-        return _plan(config, found, topology, chunk)
-    limit = found.chip.memory_gib * GIB
-    first = _plan(config, found, topology, chunk)
-    per_token = first["cache_bytes_per_device"] / (first["tokens"] + chunk)
-    tokens = int(first["tokens"] + (limit - first["hbm_bytes_per_device"]) / per_token) // STEP * STEP
-    while tokens > 0:
-        tried = _plan(config, found, topology, chunk, tokens)
-        if tried["fits"]:
+        return _plan(config, found, topology, chunk, config.seq_len)
+    # What a step needs beside weights and cache does not depend on the prompt.
+    least = _plan(config, found, topology, chunk, STEP)
+    spare = least["hbm_limit_bytes"] - least["hbm_bytes_per_device"] + least["cache_bytes_per_device"]
+    steps, beyond = 1, 1
+    while _cache_bytes(config, found, chunk, beyond * STEP) <= spare:
+        steps, beyond = beyond, 2 * beyond
+    while beyond - steps > 1:
+        middle = (steps + beyond) // 2
+        fits = _cache_bytes(config, found, chunk, middle * STEP) <= spare
+        steps, beyond = (middle, beyond) if fits else (steps, middle)
+    for tokens in range(steps * STEP, 0, -STEP):
+        if (tried := _plan(config, found, topology, chunk, tokens))["fits"]:
             return tried
-        tokens -= max(STEP, int((tried["hbm_bytes_per_device"] - limit) / per_token) // STEP * STEP)
     raise UserError(f"{topology} holds no prompt of {STEP} tokens of this model: take more or larger chips")
 
 
-def _plan(config: Config, found: Topology, topology: str, chunk: int, tokens: int | None = None) -> dict[str, Any]:
-    tokens = tokens or config.seq_len
+def _mesh(config: Config, found: Topology):
+    """(model config, mesh, shardings of the weights)."""
     c = run.extend_model(config.model or load_config(config.init_from), config)
-    quantization = Quantization.of(config.base_quantization)
     if found.devices is None:
         make: Any = functools.partial(sharding.abstract_mesh, count=found.count)
     else:
         make = functools.partial(sharding.make_mesh, devices=found.devices)
-    mesh, shardings = best_mesh(c, quantization, found.count, make)
+    return c, *best_mesh(c, Quantization.of(config.base_quantization), found.count, make)
+
+
+def _cache(config: Config, found: Topology, c: ModelConfig, mesh, chunk: int, tokens: int) -> Cache:
+    with compiled_for("tpu" if found.devices else "gpu"):
+        return abstract_cache(c, 1, tokens, dtype=jnp.dtype(config.dtype), chunk=chunk, mesh=mesh)
+
+
+def _cache_bytes(config: Config, found: Topology, chunk: int, tokens: int) -> int:
+    c, mesh, _ = _mesh(config, found)
+    cache = _cache(config, found, c, mesh, chunk, tokens)
+    return _held((cache.keys, cache.values))
+
+
+def _plan(config: Config, found: Topology, topology: str, chunk: int, tokens: int) -> dict[str, Any]:
+    c, mesh, shardings = _mesh(config, found)
+    quantization = Quantization.of(config.base_quantization)
     model = Llama(c, dtype=jnp.dtype(config.dtype), mesh=mesh, quantization=quantization)
     model = as_read(model) if found.devices else model
     params = _params(model, shardings)
+    cache = _cache(config, found, c, mesh, chunk, tokens)
     with compiled_for("tpu" if found.devices else "gpu"):
-        cache = abstract_cache(c, 1, tokens, dtype=model.dtype, chunk=chunk, mesh=mesh)
         limit = int(found.chip.memory_gib * GIB)
         held = {"weights": _held(params), "cache": _held((cache.keys, cache.values))}
         if found.devices:

@@ -177,7 +177,9 @@ def _compile(config: Config, model: Llama, mesh):
 
 
 def exceeded(error: jax.errors.JaxRuntimeError, held) -> int:
-    """Bytes on a device of a program that does not fit, beside what it is given (a tree); other errors are raised."""
+    """Bytes on a device of a program that does not fit and of what it is given (a tree); other errors are raised."""
+    if total := re.search(r"of ([\d.]+)G hbm. Exceeded hbm capacity by ([\d.]+)([KMG])", str(error)):
+        return int(float(total[1]) * GIB + float(total[2]) * {"K": 2**10, "M": 2**20, "G": GIB}[total[3]])
     if not (found := re.search(r"([\d.]+)G\w*\) exceeds available HBM", str(error))):
         raise error
     given = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(held))
