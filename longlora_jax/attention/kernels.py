@@ -111,6 +111,7 @@ def device_capability() -> str | None:
 
 @functools.cache
 def say_once(message: str) -> None:
+    """Warns in the log, the first time that this is said."""
     log.warning(message)
 
 
