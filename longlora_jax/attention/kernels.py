@@ -42,13 +42,17 @@ def compiled_for(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
+def platform() -> str:
+    """What is traced for: compiled_for's platform, or that of this machine's devices."""
+    return _platform.get() or jax.default_backend()
+
+
 def kernel_name(dtype=jnp.bfloat16, head_dim: int = 128, softcap: float = 0.0, packed: bool = False) -> str:
     """The kernel that causal_attention runs here without a window, for logs; packed: for rows of several segments."""
-    platform = _platform.get() or jax.default_backend()
-    fault = gpu_fault((1, 1, 1, head_dim), dtype, 1, packed, softcap=softcap, capability=_capability())
-    if platform == "gpu" and not fault:
+    fault = gpu_fault((1, 1, 1, head_dim), dtype, 1, packed, softcap=softcap, capability=device_capability())
+    if platform() == "gpu" and not fault:
         return "cudnn's segments on gpu" if packed else "cudnn on gpu"
-    return f"splash on {platform}" if platform == "tpu" else f"xla-blockwise on {platform}"
+    return f"splash on {platform()}" if platform() == "tpu" else f"xla-blockwise on {platform()}"
 
 
 def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: float = 0.0):
@@ -62,11 +66,10 @@ def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: flo
     """
     if window >= q.shape[1]:
         window = 0
-    platform = _platform.get() or jax.default_backend()
-    if platform == "tpu":
+    if platform() == "tpu":
         return splash_attention(q, k, v, segment_ids, window=window, softcap=softcap)
-    if platform == "gpu":
-        packed, cap = segment_ids is not None, _capability()
+    if platform() == "gpu":
+        packed, cap = segment_ids is not None, device_capability()
         fault = gpu_fault(q.shape, q.dtype, k.shape[2], packed, softcap=softcap, window=window, capability=cap)
         if not fault:
             return segmented_attention(q, k, v, segment_ids) if packed else cudnn_attention(q, k, v, window=window)
@@ -101,7 +104,7 @@ def gpu_fault(
 
 
 @functools.cache
-def _capability() -> str | None:
+def device_capability() -> str | None:
     """The compute capability of this machine's GPU: "" if it is not NVIDIA's, None if there is none."""
     if jax.default_backend() != "gpu":
         return None
@@ -111,7 +114,7 @@ def _capability() -> str | None:
 
 @functools.cache
 def say_once(message: str) -> None:
-    """Warns of it in the log, the first time."""
+    """Warns in the log, the first time that this is said."""
     log.warning(message)
 
 

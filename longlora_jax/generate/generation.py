@@ -58,18 +58,21 @@ def load_for_generation(model: OpenModel, dtype: str = "float32") -> tuple[Llama
 
     Adapters are merged, and matrices kept as model.quantization says.
     """
-    mesh, shardings = _best_mesh(model.config, model.quantization)
+    mesh, shardings = best_mesh(model.config, model.quantization, jax.device_count(), make_mesh)
     llama = Llama(model.config, dtype=jnp.dtype(dtype), mesh=mesh, quantization=model.quantization)
     dtypes = jax.tree.map(lambda _: jnp.dtype(dtype), shardings)
     return llama, place_weights(model.config, model.table, shardings, dtypes, model.quantization)
 
 
-def _best_mesh(config: ModelConfig, quantization: Quantization | None):
-    """(mesh, shardings) of the most devices, with the most of them over heads, that divide the model."""
-    llama, count = Llama(config, quantization=quantization), jax.device_count()
+def best_mesh(config: ModelConfig, quantization: Quantization | None, count: int, make: Callable[[MeshConfig], Any]):
+    """(mesh, shardings of the weights) of all of so many devices, with the most of them over heads, or else of one.
+
+    make: the mesh of a MeshConfig.
+    """
+    llama = Llama(config, quantization=quantization)
     for used in (count, 1):
         for tensor in (n for n in range(used, 0, -1) if used % n == 0):
-            mesh = make_mesh(MeshConfig(data=1, fsdp=used // tensor, context=1, tensor=tensor))
+            mesh = make(MeshConfig(data=1, fsdp=used // tensor, context=1, tensor=tensor))
             try:
                 return mesh, weight_shardings(mesh, logical_axes(llama), abstract_params(llama))
             except UserError:  # does not divide

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlora_jax.attention.patterns import FULL
 from longlora_jax.errors import UserError
-from longlora_jax.model.cache import cache_shardings, new_cache
+from longlora_jax.model.cache import Cache, cache_shardings, new_cache
 from longlora_jax.model.decoder import Llama
 from longlora_jax.model.layers import frequencies_of
 from longlora_jax.model.losses import output_kernel, output_logits
@@ -90,6 +90,25 @@ def _advance(model: Llama, params, cache, tokens, counts, logits):
     return cache, logits
 
 
+def as_read(model: Llama) -> Llama:
+    """A model as a session runs it: full attention over a cache, a row's tokens together on every mesh."""
+    mesh = None if model.mesh is None else _whole_rows(model.mesh)
+    return model.clone(mesh=mesh, pattern=FULL, remat="none", chunks=1)
+
+
+def trace_step(model: Llama, params, cache: Cache, t: int):
+    """What reads t tokens of each row into a cache, jax.stages.Traced, of a model out of as_read.
+
+    params, cache: arrays or jax.ShapeDtypeStruct with their shardings.
+    """
+    rows = cache.keys.shape[1]
+    place = None if model.mesh is None else NamedSharding(model.mesh, P())
+    small = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    tokens, counts = small((rows, t), jnp.int32), small((rows,), jnp.int32)
+    logits = small((rows, model.config.vocab_size), jnp.float32)
+    return _advance.trace(model, params, cache, tokens, counts, logits)
+
+
 class Session:
     """Rows that a model reads and continues: read() and then stream(), in any turns.
 
@@ -109,8 +128,8 @@ class Session:
                 f"{rows=}, {tokens=}, {chunk=}, {sinks=}, {window=}: the first three must be 1 or more, sinks need a "
                 "window of 1 token or more"
             )
-        mesh = None if model.mesh is None else _whole_rows(model.mesh)
-        self.model = model.clone(mesh=mesh, pattern=FULL, remat="none", chunks=1)
+        self.model = as_read(model)
+        mesh = self.model.mesh
         self._params, self._capacity, self._window = params, tokens, window
         self._chunk = chunk if window else min(chunk, _power_of_two(tokens))
         cache = {"dtype": model.dtype, "chunk": self._chunk, "sinks": sinks, "window": window, "mesh": mesh}
@@ -237,5 +256,7 @@ def _power_of_two(tokens: int) -> int:
 def _whole_rows(mesh: Mesh) -> Mesh:
     """The mesh with its context axis joined to fsdp: weights stay where they are, and a row's tokens together."""
     sizes = dict(mesh.shape)
+    if sizes["context"] == 1:
+        return mesh
     sizes |= {"fsdp": sizes["fsdp"] * sizes["context"], "context": 1}
     return Mesh(mesh.devices.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))

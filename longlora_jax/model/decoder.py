@@ -93,7 +93,7 @@ class Attention(nn.Module):
         else:
             q, k, v = project(q, k, v, x)
             with jax.named_scope("attend"):
-                y, cache = attend_to_cache(q, k, v, cos, sin, cache)
+                y, cache = attend_to_cache(q, k, v, cos, sin, cache, self.mesh)
         o = linear((d,), ("heads", "head_dim", "embed"), use_bias=c.attention_bias, input_axes=2, name="o_proj")
         return y, o(*heads), cache
 

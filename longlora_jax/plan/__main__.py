@@ -9,6 +9,7 @@ from longlora_jax.config import Config
 from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
+from longlora_jax.plan import generation
 from longlora_jax.plan.chips import GIB, GPUS
 from longlora_jax.plan.planner import plan, search
 
@@ -88,11 +89,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--search", action="store_true", help="find the longest window that fits, with its mesh, rows and remat"
     )
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="not of training: what reading a prompt of seq_len tokens, and writing after it, needs; with --search, "
+        "the longest prompt that fits",
+    )
+    parser.add_argument(
+        "--chunk",
+        type=errors.number(int, 1, 2**20),
+        metavar="N",
+        help=f"with --generate: tokens of the prompt computed at once (default: {generation.CHUNK})",
+    )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan")
     args, overrides = parser.parse_known_args(argv)
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu} must be above 0 and at most 1")
+    if args.chunk and not args.generate:
+        raise UserError("--chunk is of reading a prompt: give --generate as well")
     config = read_config(args.config, overrides)
+    if args.generate:
+        found = generation.plan_generation(
+            config, args.topology, chunk=args.chunk or generation.CHUNK, longest=args.search
+        )
+        print(generation.table(found))
+        if args.json:
+            write_json(args.json, found)
+        return
     if args.search:
         config = search(config, args.topology)
         print(f"{_flags(config)}\n")

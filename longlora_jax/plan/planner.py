@@ -50,7 +50,7 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     by_hand = estimate(config, mesh)
     if by_compiler := found.devices is not None:
         compiled, needed = _compile(config, model, mesh)
-        memory, fits = _memory(compiled), compiled is not None
+        memory, fits = compiled_memory(compiled), compiled is not None
         needed = memory["total"] if compiled else needed
     else:
         compiled, memory, needed, fits = None, {}, by_hand["total"], by_hand["total"] <= limit
@@ -173,16 +173,20 @@ def _compile(config: Config, model: Llama, mesh):
             segmented = any(part.packing == "best_fit" for part in (config.data, *config.mixture))
             return compile_train_step(state, frozen, rows, segmented=segmented), 0
         except jax.errors.JaxRuntimeError as error:
-            if not (found := re.search(r"([\d.]+)G\w*\) exceeds available HBM", str(error))):
-                raise
-            held = sum(
-                math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                for leaf in jax.tree.leaves((state, frozen))
-            )
-            return None, int(float(found[1]) * GIB) + held
+            return None, exceeded(error, (state, frozen))
 
 
-def _memory(compiled) -> dict[str, int]:
+def exceeded(error: jax.errors.JaxRuntimeError, held) -> int:
+    """Bytes on a device of a program that does not fit and of what it is given (a tree); other errors are raised."""
+    if total := re.search(r"of ([\d.]+)G hbm. Exceeded hbm capacity by ([\d.]+)([KMG])", str(error)):
+        return int(float(total[1]) * GIB + float(total[2]) * {"K": 2**10, "M": 2**20, "G": GIB}[total[3]])
+    if not (found := re.search(r"([\d.]+)G\w*\) exceeds available HBM", str(error))):
+        raise error
+    given = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(held))
+    return int(float(found[1]) * GIB) + given
+
+
+def compiled_memory(compiled) -> dict[str, int]:
     """Bytes on a device as the compiler counts them: arguments (weights, optimizer, batch), temporaries, total."""
     if compiled is None:
         return {}

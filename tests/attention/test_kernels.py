@@ -175,7 +175,7 @@ def test_remat_attention_keeps_what_cudnn_made(cudnn, remat, forwards):
 )
 def test_cudnn_computes_the_same(t, n, k, h, window, dtype):
     """On a GPU: forward and gradients against float64, as near to it as the blockwise kernel in the same dtype."""
-    if fault := gpu_fault((2, t, n, h), dtype, k, False, capability=kernels._capability()):
+    if fault := gpu_fault((2, t, n, h), dtype, k, False, capability=kernels.device_capability()):
         pytest.skip(fault)
     rng = np.random.default_rng(t)
     exact = [rng.normal(size=(2, t, heads, h)).astype(np.float32) for heads in (n, k, k, n)]
