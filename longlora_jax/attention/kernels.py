@@ -26,22 +26,29 @@ MASKED = -1e30
 
 log = logging.getLogger(__name__)
 
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_target: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar("target", default=(None, None))
 
 
 @contextlib.contextmanager
-def compiled_for(platform: str) -> Iterator[None]:
-    """Within it, what is traced is for that platform (tpu, gpu, cpu), whatever this machine has."""
-    token = _platform.set(platform)
+def compiled_for(platform: str, capability: str | None = None) -> Iterator[None]:
+    """Within it, what is traced is for that platform (tpu, gpu, cpu), whatever this machine has.
+
+    capability: the compute capability of that GPU, None for this machine's.
+    """
+    token = _target.set((platform, capability))
     try:
         yield
     finally:
-        _platform.reset(token)
+        _target.reset(token)
+
+
+def _platform() -> str:
+    return _target.get()[0] or jax.default_backend()
 
 
 def kernel_name(dtype=jnp.bfloat16, head_dim: int = 128, softcap: float = 0.0) -> str:
     """The kernel that causal_attention runs here for rows of one segment, for logs."""
-    platform = _platform.get() or jax.default_backend()
+    platform = _platform()
     fault = gpu_fault((1, 1, 1, head_dim), dtype, 1, False, softcap=softcap, capability=_capability())
     if platform == "gpu" and not fault:
         return "cudnn on gpu"
@@ -58,7 +65,7 @@ def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: flo
     """
     if window >= q.shape[1]:
         window = 0
-    platform = _platform.get() or jax.default_backend()
+    platform = _platform()
     if platform == "tpu":
         return splash_attention(q, k, v, segment_ids, window=window, softcap=softcap)
     if platform == "gpu":
@@ -97,9 +104,13 @@ def gpu_fault(
     return "rows are packed, and it takes no segments" if segments else ""
 
 
-@functools.cache
 def _capability() -> str | None:
-    """The compute capability of this machine's GPU: "" if it is not NVIDIA's, None if there is none."""
+    """The compute capability of the GPU that is traced for: "" if it is not NVIDIA's, None if there is none."""
+    return _target.get()[1] or _capability_here()
+
+
+@functools.cache
+def _capability_here() -> str | None:
     if jax.default_backend() != "gpu":
         return None
     device = jax.local_devices()[0]
