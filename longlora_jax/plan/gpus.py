@@ -1,8 +1,8 @@
 """NVIDIA's GPUs on a machine that has none: their description for XLA, and devices that a program can be compiled for.
 
-The compiler is in JAX's CUDA plugin (the packages jax-cuda13-plugin and jax-cuda13-pjrt), which needs neither a GPU nor
-NVIDIA's libraries for that. Products and attention become calls of cuBLAS and cuDNN, which choose their workspace on
-the GPU: what they take there is not in the compiler's count of memory.
+The compiler is in JAX's CUDA plugin (the packages jax-cuda13-plugin and jax-cuda13-pjrt), which needs no GPU for that,
+and of CUDA no more than ptxas and libdevice (nvidia-cuda-nvcc and nvidia-nvvm). Products and attention become calls of
+cuBLAS and cuDNN, whose workspace is chosen on the GPU: the compiler's count of memory is without it.
 """
 
 import contextlib
@@ -13,9 +13,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
 from longlora_jax.attention.kernels import compiled_for
 
 INSTALL = 'pip install -e ".[gpu-plan]"'
+OPTIONS = {"xla_gpu_autotune_level": 0}  # kernels are chosen by rules: trying them would take a GPU
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 _TRIED = ("0.10.", "0.11.")  # versions of JAX whose checks of cuDNN are known here
 _CUDNN = 91900  # the version that is taken to be there: 9.19, which benchmarks/gpu was measured with
@@ -100,9 +106,6 @@ device_description_str: "{card.name}"
 def find_gpus(kind: str, memory: int, count: int) -> tuple[list[Any] | None, str]:
     """(so many devices of a kind, ""), each with so many bytes of memory; (None, why) where JAX cannot compile for
     them."""
-    import jax
-    from jax.experimental import topologies
-
     version = next(filter(None, map(_version, _PLUGINS)), "")
     if not version:
         return None, f"JAX's compiler for GPUs is not installed: {INSTALL}"
@@ -112,12 +115,13 @@ def find_gpus(kind: str, memory: int, count: int) -> tuple[list[Any] | None, str
     hosts = f"{count // 8}x8" if count % 8 == 0 else f"1x{count}"
     try:
         with _without_nvidias_libraries(), _checks(CARDS[kind].capability):
-            found = topologies.get_topology_desc(
-                kind, "cuda", target_config=target_config(CARDS[kind], memory), topology=f"1x{hosts}"
-            )
+            target = {"target_config": target_config(CARDS[kind], memory), "topology": f"1x{hosts}"}
+            found = list(topologies.get_topology_desc(kind, "cuda", **target).devices)
+            number = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(found[0]))
+            jax.jit(jnp.sin).lower(number).compile(compiler_options=OPTIONS)  # with ptxas and libdevice
     except (AttributeError, ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-        return None, f"JAX's CUDA plugin does not compile for {kind} here: {' '.join(str(error).split())[:200]}"
-    return list(found.devices), ""
+        return None, f"JAX cannot compile for {kind} here ({' '.join(str(error).split())[:120]}): {INSTALL}"
+    return found, ""
 
 
 def _version(package: str) -> str:
@@ -163,4 +167,4 @@ def compiled_for_gpu(kind: str) -> Iterator[dict[str, Any]]:
     """Within it what is traced and lowered is for such a card; gives the options to compile without one."""
     capability = CARDS[kind].capability
     with compiled_for("gpu", capability), _checks(capability):
-        yield {"xla_gpu_autotune_level": 0}  # kernels are chosen by rules, not by trying them
+        yield OPTIONS
