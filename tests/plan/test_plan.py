@@ -23,7 +23,7 @@ from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.model.trainable import partition, trainable_mask
 from longlora_jax.parallel.sharding import abstract_mesh, batch_sharding, make_mesh, weight_shardings
 from longlora_jax.plan import __main__ as command
-from longlora_jax.plan import costs, planner
+from longlora_jax.plan import costs, gpus, planner
 from longlora_jax.plan.collectives import Collective, collectives, totals
 from longlora_jax.training import run
 from longlora_jax.training.optim import make_optimizer
@@ -31,6 +31,13 @@ from longlora_jax.training.step import TrainState, compile_train_step, jit_train
 from longlora_jax.weights import load
 
 needs_8 = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
+
+
+@pytest.fixture
+def by_formula(monkeypatch):
+    """GPUs are not compiled for, as where JAX's CUDA plugin is missing."""
+    monkeypatch.setattr(gpus, "_version", lambda package: "")
+
 
 # arXiv:2309.12307, appendix: TFLOPs of a forward pass of the 7B model under full attention and under S2-Attn.
 PLANNED = json.loads((Path(__file__).parents[2] / "benchmarks" / "tpu_plans.json").read_text())
@@ -197,7 +204,7 @@ def test_what_is_sent_at_real_sizes(name):
 
 
 @pytest.mark.parametrize("topology, memory", [("a100-40gb:8", 37.4), ("a100-80gb:16", 75.1), ("h200:8", 132.7)])
-def test_a_plan_for_gpus_is_by_formula(topology, memory, tmp_path, capsys):
+def test_a_plan_for_gpus_is_by_formula(topology, memory, tmp_path, capsys, by_formula):
     """Catches: GPUs that need TPUs' library, a formula passed off as the compiler's, a key that is missing there."""
     sizes = ["--config.accumulation=4", "--config.seq_len=16384"]
     file = tmp_path / "plan.json"
@@ -213,7 +220,7 @@ def test_a_plan_for_gpus_is_by_formula(topology, memory, tmp_path, capsys):
     assert "by formula: fits" in capsys.readouterr().out
 
 
-def test_a_window_that_fits_gpus_is_found(capsys):
+def test_a_window_that_fits_gpus_is_found(capsys, by_formula):
     """Catches: a search that wants to compile for them, one that stops at the first mesh."""
     command.main(["--config", "configs/7b_32k.py", "--topology", "a100-80gb:2", "--search"])
     flags, *_ = capsys.readouterr().out.splitlines()
@@ -225,7 +232,7 @@ def test_a_window_that_fits_gpus_is_found(capsys):
         assert (costs.estimate(tried, abstract_mesh(tried.mesh, 2))["total"] < 75.1 * 2**30) == fits
 
 
-def test_remat_auto_is_the_fastest_that_fits():
+def test_remat_auto_is_the_fastest_that_fits(by_formula):
     """Catches: the slowest taken first, a limit that is met to the last byte by an estimate."""
     config = planned_config("7B, 32,768")
     mesh = abstract_mesh(config.mesh, 8)
@@ -268,7 +275,7 @@ def test_a_run_goes_on_with_another_remat(tmp_path):
     assert resumed and again.remat == "auto"
 
 
-def test_what_cannot_be_planned_is_one_line(tmp_path):
+def test_what_cannot_be_planned_is_one_line(tmp_path, by_formula):
     """Catches: a traceback for a mistyped topology, a flag that is no field, a file that is no config."""
     for topology in ("h100", "h100:0", "h100:2x4"):
         with pytest.raises(UserError, match=f"topology '{topology}' is not known: give one such as .* or h100:8"):
@@ -303,7 +310,7 @@ def test_a_plan_for_tpus_from_here():
 
 
 @pytest.mark.parametrize("card, most", [("rtx3090", 22.5), ("rtx4090", 22.4)])
-def test_seven_billion_parameters_in_four_bits_fit_a_card_of_24_gb(card, most):
+def test_seven_billion_parameters_in_four_bits_fit_a_card_of_24_gb(card, most, by_formula):
     """Catches: a base that is counted in bfloat16, and codes that are counted as parameters."""
     config = read_config("configs/7b_32k_nf4.py", [])
     found = planner.plan(config, f"{card}:1")
