@@ -31,10 +31,7 @@ _target: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.Con
 
 @contextlib.contextmanager
 def compiled_for(platform: str, capability: str | None = None) -> Iterator[None]:
-    """Within it, what is traced is for that platform (tpu, gpu, cpu), whatever this machine has.
-
-    capability: the compute capability of that GPU, None for this machine's.
-    """
+    """Within it, what is traced is for that platform (tpu, gpu, cpu) and that GPU, whatever this machine has."""
     token = _target.set((platform, capability))
     try:
         yield
@@ -42,15 +39,15 @@ def compiled_for(platform: str, capability: str | None = None) -> Iterator[None]
         _target.reset(token)
 
 
-def _platform() -> str:
+def traced_platform() -> str:
+    """The platform that is traced for: compiled_for's, else this machine's."""
     return _target.get()[0] or jax.default_backend()
 
 
 def kernel_name(dtype=jnp.bfloat16, head_dim: int = 128, softcap: float = 0.0) -> str:
     """The kernel that causal_attention runs here for rows of one segment, for logs."""
-    platform = _platform()
-    fault = gpu_fault((1, 1, 1, head_dim), dtype, 1, False, softcap=softcap, capability=_capability())
-    if platform == "gpu" and not fault:
+    platform, here = traced_platform(), _capability()
+    if platform == "gpu" and not gpu_fault((1, 1, 1, head_dim), dtype, 1, False, softcap=softcap, capability=here):
         return "cudnn on gpu"
     return f"splash on {platform}" if platform == "tpu" else f"xla-blockwise on {platform}"
 
@@ -63,14 +60,13 @@ def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: flo
     window - 1 before them (0: all before); softcap: scores become softcap * tanh(scores / softcap) (0: as they are).
     Returns [Z, T, N, H] in q's dtype. Scores, softmax and sums are float32.
     """
-    if window >= q.shape[1]:
-        window = 0
-    platform = _platform()
-    if platform == "tpu":
+    window = 0 if window >= q.shape[1] else window
+    if (platform := traced_platform()) == "tpu":
         return splash_attention(q, k, v, segment_ids, window=window, softcap=softcap)
     if platform == "gpu":
-        packed = segment_ids is not None
-        fault = gpu_fault(q.shape, q.dtype, k.shape[2], packed, softcap=softcap, capability=_capability())
+        fault = gpu_fault(
+            q.shape, q.dtype, k.shape[2], segment_ids is not None, softcap=softcap, capability=_capability()
+        )
         if not fault:
             return cudnn_attention(q, k, v, window=window)
         _say_once(f"attention runs the blockwise XLA kernel, not cuDNN's: {fault}")
@@ -111,10 +107,9 @@ def _capability() -> str | None:
 
 @functools.cache
 def _capability_here() -> str | None:
-    if jax.default_backend() != "gpu":
-        return None
     device = jax.local_devices()[0]
-    return device.compute_capability if "cuda" in device.client.platform_version else ""
+    here = device.compute_capability if "cuda" in device.client.platform_version else ""
+    return here if device.platform == "gpu" else None
 
 
 @functools.cache

@@ -42,6 +42,11 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     validate(config)
     config = dataclasses.replace(config, model=_extended(config))
     found = find_topology(topology)
+    with compiled_for("gpu" if found.kind in CARDS else "tpu"):
+        return _plan(config, topology, found, mfu)
+
+
+def _plan(config: Config, topology: str, found: Topology, mfu: float) -> dict[str, Any]:
     limit = int(found.chip.memory_gib * GIB)
     config, _ = choose_mesh(config, found.count, limit)
     chip, mesh = found.chip, _mesh(config, found)
@@ -135,6 +140,11 @@ def search(config: Config, topology: str) -> Config:
     """
     config = dataclasses.replace(config, model=config.model or load_config(config.init_from))
     found = find_topology(topology)
+    with compiled_for("gpu" if found.kind in CARDS else "tpu"):
+        return _search(config, topology, found)
+
+
+def _search(config: Config, topology: str, found: Topology) -> Config:
     limit, ways = found.chip.memory_gib * GIB, found.count
     fitting = []
     hold_less = ({"remat": "block", "chunks": 1}, {"remat": "offload", "chunks": 1}, {"remat": "offload", "chunks": 16})
