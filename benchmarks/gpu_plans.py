@@ -23,5 +23,10 @@ ROWS = {  # name: (config, topology, devices on the context axis, further change
 }
 
 
+def main() -> None:
+    """Plans every row, prints the table and writes it."""
+    plan_rows(ROWS, __doc__)
+
+
 if __name__ == "__main__":
-    errors.run(lambda: plan_rows(ROWS, __doc__))
+    errors.run(main)

@@ -82,5 +82,10 @@ def plan_rows(rows: dict[str, tuple], description: str) -> None:
             write_json(args.json, found)
 
 
+def main() -> None:
+    """Plans every row, prints the table and writes it."""
+    plan_rows(ROWS, __doc__)
+
+
 if __name__ == "__main__":
-    errors.run(lambda: plan_rows(ROWS, __doc__))
+    errors.run(main)
