@@ -49,18 +49,18 @@ def command(config: str, topology: str, context: int, changes: list[str]) -> lis
     ]
 
 
-def main() -> None:
-    """Plans every row, prints the table and writes it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def plan_rows(rows: dict[str, tuple], description: str) -> None:
+    """The command: plans every row, prints the table and writes it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="TEXT", default="", help="rows whose name holds this text")
     parser.add_argument("--json", metavar="FILE", help="where to write the results; rows that are there are kept")
     args = parser.parse_args()
     found = {}
     if args.json and Path(args.json).exists() and not holds_nothing(args.json):
         found = json.loads(Path(args.json).read_text())
-    print("| run | topology | GiB a chip | limit | host GiB a chip | compiled in |")
+    print("| run | topology | GiB a device | limit | host GiB a device | compiled in |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
-    for name, row in ROWS.items():
+    for name, row in rows.items():
         if args.only not in name:
             continue
         words = command(*row)
@@ -70,6 +70,8 @@ def main() -> None:
             if done.returncode:
                 raise errors.UserError(f"{name}: {done.stderr.strip().splitlines()[-1]}")
             plan = json.loads(Path(file.name).read_text())
+        if plan["not_compiled"]:
+            raise errors.UserError(f"{name}: {plan['not_compiled']}")
         found[name] = {"command": shlex.join(words), **plan}
         sizes = ("hbm_bytes_per_device", "hbm_limit_bytes", "host_bytes_per_device")
         total, limit, host = (plan[size] / 2**30 for size in sizes)
@@ -78,6 +80,11 @@ def main() -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
         if args.json:
             write_json(args.json, found)
+
+
+def main() -> None:
+    """Plans every row, prints the table and writes it."""
+    plan_rows(ROWS, __doc__)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "generate": ("session", "generation", "__main__"),
     "resilience": ("lock", "watchdog", "health", "checkpoints", "versions"),
     "training": ("optim", "metrics", "step", "run"),
-    "plan": ("chips", "collectives", "costs", "meshes", "planner", "generation", "__main__"),
+    "plan": ("gpus", "chips", "collectives", "costs", "meshes", "planner", "generation", "__main__"),
     "evals": None,
     "quickstart": (),
     "paper": ("tables", "runs", "results", "__main__"),

@@ -29,22 +29,22 @@ MASKED = -1e30
 
 log = logging.getLogger(__name__)
 
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+_target: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar("target", default=(None, None))
 
 
 @contextlib.contextmanager
-def compiled_for(platform: str) -> Iterator[None]:
-    """Within it, what is traced is for that platform (tpu, gpu, cpu), whatever this machine has."""
-    token = _platform.set(platform)
+def compiled_for(platform: str, capability: str | None = None) -> Iterator[None]:
+    """Within it, what is traced is for that platform (tpu, gpu, cpu) and that GPU, whatever this machine has."""
+    token = _target.set((platform, capability))
     try:
         yield
     finally:
-        _platform.reset(token)
+        _target.reset(token)
 
 
 def platform() -> str:
-    """What is traced for: compiled_for's platform, or that of this machine's devices."""
-    return _platform.get() or jax.default_backend()
+    """The platform that is traced for: compiled_for's, else this machine's."""
+    return _target.get()[0] or jax.default_backend()
 
 
 def kernel_name(dtype=jnp.bfloat16, head_dim: int = 128, softcap: float = 0.0, packed: bool = False) -> str:
@@ -64,8 +64,7 @@ def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: flo
     softcap * tanh(scores / softcap) (0: as they are). Returns [Z, T, N, H] in q's dtype; scores, softmax and sums are
     float32.
     """
-    if window >= q.shape[1]:
-        window = 0
+    window = 0 if window >= q.shape[1] else window
     if platform() == "tpu":
         return splash_attention(q, k, v, segment_ids, window=window, softcap=softcap)
     if platform() == "gpu":
@@ -103,13 +102,16 @@ def gpu_fault(
     return segments_fault(q_shape, window, capability) if segments else ""
 
 
-@functools.cache
 def device_capability() -> str | None:
-    """The compute capability of this machine's GPU: "" if it is not NVIDIA's, None if there is none."""
-    if jax.default_backend() != "gpu":
-        return None
+    """The compute capability of the GPU that is traced for: "" if it is not NVIDIA's, None if there is none."""
+    return _target.get()[1] or _capability_here()
+
+
+@functools.cache
+def _capability_here() -> str | None:
     device = jax.local_devices()[0]
-    return device.compute_capability if "cuda" in device.client.platform_version else ""
+    here = device.compute_capability if "cuda" in device.client.platform_version else ""
+    return here if device.platform == "gpu" else None
 
 
 @functools.cache

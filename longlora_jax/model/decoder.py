@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from longlora_jax.attention.context_parallel import HEADS, attend_on_mesh, constrain, exchange
-from longlora_jax.attention.kernels import keeps_cudnn
+from longlora_jax.attention.kernels import compiled_for, keeps_cudnn
 from longlora_jax.attention.patterns import ABLATIONS, ALIKE, FULL, Pattern
 from longlora_jax.attention.rope import apply_rope
 from longlora_jax.model.cache import Cache, attend_to_cache, cache_tables
@@ -284,4 +284,5 @@ def _abstract_weights(model: Llama):
 
 @functools.lru_cache(maxsize=16)
 def _traced_weights(model: Llama):
-    return jax.eval_shape(functools.partial(_boxed_init, model), jax.random.key(0))
+    with compiled_for("cpu"):  # shapes are those of every platform, and nothing is to be said about a kernel
+        return jax.eval_shape(functools.partial(_boxed_init, model), jax.random.key(0))

@@ -10,7 +10,8 @@ from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
 from longlora_jax.plan import generation
-from longlora_jax.plan.chips import GIB, GPUS
+from longlora_jax.plan.chips import DEFAULT_SHARE, GIB, GPUS, SHARE
+from longlora_jax.plan.gpus import INSTALL
 from longlora_jax.plan.planner import plan, search
 
 
@@ -27,6 +28,10 @@ def table(found: dict[str, Any]) -> str:
         f"parameters  {found['parameters']:,}, of which {found['trainable_parameters']:,} train",
         f"memory      {total:.2f} of {limit:.2f} GiB a device by {found['memory_by']}: {fits}",
     ]
+    if found["not_compiled"]:
+        lines.append(f"            {found['not_compiled']}")
+    if found["topology"].partition(":")[0] in GPUS and limit * DEFAULT_SHARE / SHARE < total <= limit:
+        lines.append(f"            more than JAX takes by default: XLA_PYTHON_CLIENT_MEM_FRACTION={SHARE} makes it so")
     parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in found["estimate"].items())
     lines.append(f"by hand     {parts} GiB")
     if memory := found["memory"]:
@@ -75,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command; argv without the program's name, None for the process's own."""
     parser = errors.ArgumentParser(
         prog="python -m longlora_jax.plan",
-        description="What a run will need and cost: on TPUs by compiling its train step for them, on GPUs by formula. "
+        description="What a run will need and cost, by compiling its train step for TPUs (pip install libtpu) and GPUs "
+        f"({INSTALL}; by formula without it). "
         "Fields of the config can be changed as in train.py: --config.mesh.context=8",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the run: a Python file with get_config()")

@@ -1,17 +1,22 @@
 """Accelerators that a run can be planned for: memory, peak, and the devices of a topology that is not here."""
 
+import contextlib
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from longlora_jax.attention.kernels import compiled_for
 from longlora_jax.errors import UserError
+from longlora_jax.plan.gpus import compiled_for_gpu, find_gpus
 
 GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One kind of accelerator: libtpu's name of it, usable memory in GiB and peak bf16 TFLOP/s, both of a device."""
+    """One kind of accelerator: libtpu's name of it, "" for a GPU, usable memory in GiB and peak bf16 TFLOP/s, both of a
+    device."""
 
     accelerator: str
     memory_gib: float
@@ -26,13 +31,15 @@ TPUS = {
     "v6e": Chip("v6e", 31.25, 918),
     "tpu7x": Chip("tpu7x", 94.75, 1153),
 }
-# Memory: 95% of what CUDA has, which a run gets by XLA_PYTHON_CLIENT_MEM_FRACTION=.95 (without it, JAX takes 75%).
+SHARE, DEFAULT_SHARE = 0.95, 0.75  # of a GPU's memory: by XLA_PYTHON_CLIENT_MEM_FRACTION=.95, and without it
+# Memory: that share of what CUDA has.
 # FLOP/s: dense, bf16 summed in float32, from NVIDIA's data sheets (of the SXM modules) and papers on architectures.
 GPUS = {
     "a100-40gb": Chip("", 37.4, 312),
     "a100-80gb": Chip("", 75.1, 312),
     "h100": Chip("", 75.1, 989),
     "h200": Chip("", 132.7, 989),
+    "b200": Chip("", 169.4, 2250),
     "rtx3090": Chip("", 22.5, 71),
     "rtx4090": Chip("", 22.4, 165),
     "rtx5090": Chip("", 29.8, 209),
@@ -47,11 +54,14 @@ _REFUSED = {
 
 
 class Topology(NamedTuple):
-    """A chip and how many devices there are of it; devices: those that a program can be compiled for, None for GPUs."""
+    """A chip and how many devices there are of it; devices: those that a program can be compiled for, None where the
+    compiler for them is missing, and why."""
 
+    kind: str
     chip: Chip
     count: int
     devices: list[Any] | None
+    why: str = ""
 
 
 def find_topology(name: str) -> Topology:
@@ -61,7 +71,8 @@ def find_topology(name: str) -> Topology:
     """
     kind, _, shape = name.partition(":")
     if kind in GPUS and re.fullmatch(r"[1-9]\d*", shape):
-        return Topology(GPUS[kind], int(shape), None)
+        memory = int(GPUS[kind].memory_gib / SHARE * GIB)
+        return Topology(kind, GPUS[kind], int(shape), *find_gpus(kind, memory, int(shape)))
     if kind in _REFUSED:
         raise UserError(f"topology {name!r}: {_REFUSED[kind]}, {', '.join(GPUS)}")
     if kind not in TPUS or not re.fullmatch(r"\d+x\d+(x\d+)?", shape):
@@ -70,7 +81,18 @@ def find_topology(name: str) -> Topology:
             f"or h100:8, of {', '.join(GPUS)}"
         )
     devices = _tpus(name, kind, math.prod(int(n) for n in shape.split("x")))
-    return Topology(TPUS[kind], len(devices), devices)
+    return Topology(kind, TPUS[kind], len(devices), devices)
+
+
+@contextlib.contextmanager
+def traced_for(found: Topology) -> Iterator[dict[str, Any] | None]:
+    """Within it what is traced is for these devices; gives the options of their compiler, None for its own."""
+    if found.kind in GPUS and found.devices is not None:
+        with compiled_for_gpu(found.kind) as options:
+            yield options
+    else:
+        with compiled_for("gpu" if found.kind in GPUS else "tpu"):
+            yield None
 
 
 def _tpus(name: str, kind: str, chips: int) -> list[Any]:

@@ -45,13 +45,14 @@ def collectives(text: str, mesh: Mesh, shares: Sequence[float] = ()) -> list[Col
         for line in lines:
             if not (match := _OPERATION.search(line)) or not times[name]:
                 continue
+            shape = match["shape"]
+            if match["start"] and match["kind"] != "all-reduce":
+                shape = _elements(shape)[1]  # (what is given, what comes back, context)
             parts = [
                 (dtype, tuple(int(n) for n in dims.split(",") if n))
-                for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match["shape"])
+                for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
                 if dtype in _SIZES
             ]
-            if match["start"] and len(parts) > 1 and match["kind"] != "all-reduce":
-                parts = parts[1:2]  # (what is given, what comes back, context)
             size = sum(math.prod(shape) * _SIZES[dtype] for dtype, shape in parts)
             axis = _axis(match["rest"], mesh, axes)
             if not axis:
@@ -75,6 +76,18 @@ def totals(found: list[Collective]) -> list[dict]:
         sums[one.op, one.axis] += one.bytes * one.times
     rows = [{"op": op, "axis": axis, "bytes": size} for (op, axis), size in sums.items()]
     return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def _elements(shape: str) -> list[str]:
+    """The elements of a tuple's shape, which may be tuples: GPUs join several operations of a kind in one."""
+    depth, found = 0, [""]
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
 
 
 def _computations(text: str) -> dict[str, list[str]]:

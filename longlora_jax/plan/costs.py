@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, TURNS, exchange
+from longlora_jax.attention.kernels import platform
 from longlora_jax.config import Config
 from longlora_jax.model.codes import Quantization
 from longlora_jax.model.layers import patterns_of, windows_of
+from longlora_jax.model.losses import CHUNK
 from longlora_jax.model_config import ModelConfig
 from longlora_jax.training import run
 
@@ -55,14 +57,20 @@ def step_flops(config: Config, forward: dict[str, int]) -> int:
 
 
 def estimate(config: Config, mesh) -> dict[str, int]:
-    """Bytes on a device by hand: {weights, trainables, optimizer, block_inputs, working_set, gathered, total}.
+    """Bytes on a device by hand, the total and its parts.
 
-    What is held between steps is exact. block_inputs are what the backward pass keeps of every layer; working_set, what
-    one block needs at its worst, in bytes a token; gathered, the weights of two layers, lm_head and the gradient of the
-    embedding. Of a packed base the codes of two layers are gathered, and one layer is unpacked. The constants 8, 11 and
-    8 are fitted to the compiler's counts in benchmarks/tpu_plans.json, which this meets within a tenth; of remat `none`
-    and `attention`, and of chunks, one count each was taken, which it meets within 5%. float32 takes twice the
-    activations of bfloat16.
+    weights, trainables and optimizer, held between steps, are exact. gradients: float32, and twice where parts of an
+    update are summed. block_inputs: what the backward pass keeps of every layer. working_set and gathered: what one
+    block needs at its worst, in bytes a token, and the kernels of its layer, or the loss's logits with their softmax,
+    and the output projection, whichever is more.
+    Kernels that are cut are gathered: on TPUs those of three layers (what is computed with, its gradients', and the
+    next), of a packed base as codes; on GPUs those of one, but XLA keeps all of o_proj and down_proj, which are cut
+    along their last axis, a second time, turned so that it can gather them. A tied embedding that trains is gathered in
+    float32, copied to the dtype of activations, and has a gradient of all of it. Of a packed base one kernel is
+    unpacked, or with chunks those of an attention or an MLP.
+    The constants 3, 8, 11 and 8 are fitted to what the compilers of TPUs and GPUs count (benchmarks/tpu_plans.json,
+    tpu_plans_more.json and gpu_plans.json, which this meets within 7% but for a packed base on one TPU); of remat
+    `none` and `attention` one count each was taken. float32 takes twice the activations of bfloat16.
     """
     c = config.model
     assert c is not None
@@ -83,16 +91,32 @@ def estimate(config: Config, mesh) -> dict[str, int]:
         "attention": layers * (d + (heads + d) // tensor),
         "none": layers * (12 * d + (2 * heads + 4 * c.intermediate_size) // tensor),
     }
-    matrices = d * (heads + c.num_attention_heads * c.head_dim + _mlp_matrices(c) * c.intermediate_size)
-    packed = packed_bytes(config)
-    gathered = 2 * 2 * matrices if packed is None else (2 * packed + size) * matrices
+    cut, gpu = mesh.shape["fsdp"] * mesh.shape["context"], platform() == "gpu"
+    attention, mlp = d * (heads + c.num_attention_heads * c.head_dim), _mlp_matrices(c) * d * c.intermediate_size
+    packed, projection = packed_bytes(config), c.vocab_size * d
+    block = size // 2 * tokens * ((8 * c.intermediate_size // tensor + 5 * d) // config.chunks + 6 * d)
+    logits = 2 * 4 * min(CHUNK, tokens) * c.vocab_size
+    for_block = for_loss = 0.0
+    if cut > 1:
+        for_block = (1 if gpu else 3) * (size if packed is None else packed) * (attention + mlp)
+        for_loss = size * projection
+        if gpu and packed is None:
+            outputs = d * (c.num_attention_heads * c.head_dim + c.intermediate_size)
+            for_block += size * layers * outputs / cut
+    if packed is not None:
+        for_block += size * (d * c.intermediate_size if config.chunks == 1 else max(attention, mlp))
+    if c.tie_word_embeddings and config.mode not in ("lora", "lora_norm"):
+        for_block += (size + (4 + 4 if cut > 1 else 0)) * projection
+        for_loss = for_block
+    working, gathered = max((block, for_block), (logits, for_loss), key=sum)
     found = {
         "weights": held(frozen),
         "trainables": held(state.trainable),
         "optimizer": held(state.opt_state),
+        "gradients": held(state.trainable) * (2 if config.accumulation > 1 else 1),
         "block_inputs": size * tokens * kept[config.remat],
-        "working_set": size // 2 * tokens * ((8 * c.intermediate_size // tensor + 5 * d) // config.chunks + 6 * d),
-        "gathered": int(gathered) // tensor + (2 + 4) * c.vocab_size * d // tensor,
+        "working_set": working,
+        "gathered": int(gathered) // tensor,
     }
     return found | {"total": sum(found.values())}
 

@@ -1,7 +1,7 @@
 """What reading a prompt and writing after it will need: memory on a device, FLOPs, and the longest prompt that fits.
 
-The prompt is one row, on the mesh that generate.load_for_generation makes. On TPUs the very chunk and decode step of a
-session are compiled for them; on GPUs memory is by formula.
+The prompt is one row, on the mesh that generate.load_for_generation makes. The very chunk and decode step of a session
+are compiled for TPUs, and for GPUs where their compiler is installed; without it memory is by formula.
 """
 
 import functools
@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longlora_jax.attention.kernels import compiled_for
 from longlora_jax.config import Config, ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.generate.generation import best_mesh
@@ -21,7 +20,7 @@ from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.model.quantized import is_packed
 from longlora_jax.parallel import sharding
-from longlora_jax.plan.chips import GIB, Topology, find_topology
+from longlora_jax.plan.chips import GIB, Topology, find_topology, traced_for
 from longlora_jax.plan.planner import compiled_memory, exceeded
 from longlora_jax.training import run
 from longlora_jax.weights.hf_config import load_config
@@ -66,7 +65,7 @@ def _mesh(config: Config, found: Topology):
 
 
 def _cache(config: Config, found: Topology, c: ModelConfig, mesh, chunk: int, tokens: int) -> Cache:
-    with compiled_for("tpu" if found.devices else "gpu"):
+    with traced_for(found):
         return abstract_cache(c, 1, tokens, dtype=jnp.dtype(config.dtype), chunk=chunk, mesh=mesh)
 
 
@@ -83,11 +82,13 @@ def _plan(config: Config, found: Topology, topology: str, chunk: int, tokens: in
     model = as_read(model) if found.devices else model
     params = _params(model, shardings)
     cache = _cache(config, found, c, mesh, chunk, tokens)
-    with compiled_for("tpu" if found.devices else "gpu"):
+    with traced_for(found) as options:
         limit = int(found.chip.memory_gib * GIB)
         held = {"weights": _held(params), "cache": _held((cache.keys, cache.values))}
         if found.devices:
-            needed = {name: _compiled(model, params, cache, t) for name, t in (("prefill", chunk), ("decode", 1))}
+            needed = {
+                name: _compiled(model, params, cache, t, options) for name, t in (("prefill", chunk), ("decode", 1))
+            }
         else:
             working = _working_set(c, mesh, chunk, jnp.dtype(config.dtype).itemsize)
             needed = dict.fromkeys(("prefill", "decode"), sum(held.values()) + working)
@@ -152,10 +153,10 @@ def _held(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _compiled(model: Llama, params, cache: Cache, t: int) -> int:
+def _compiled(model: Llama, params, cache: Cache, t: int, options: dict[str, Any] | None) -> int:
     """Bytes on a device of the compiled step that reads t tokens."""
     try:
-        return compiled_memory(trace_step(model, params, cache, t).lower().compile())["total"]
+        return compiled_memory(trace_step(model, params, cache, t).lower().compile(compiler_options=options))["total"]
     except jax.errors.JaxRuntimeError as error:
         return exceeded(error, (params, cache))
 

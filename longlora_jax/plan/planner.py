@@ -1,7 +1,7 @@
 """What a run will cost, before it is paid for: parameters, FLOPs, memory, what is sent, hours.
 
-The numbers of a TPU come from compiling the very train step for it, which needs no TPU but the package `libtpu`; those
-of GPUs from formulas (costs.py), which were fitted to TPUs.
+The numbers come from compiling the very train step for the accelerator, which needs none of them: for TPUs the package
+`libtpu`, for GPUs JAX's CUDA plugin. Without that plugin GPUs are planned by formulas (costs.py).
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from longlora_jax.parallel import sharding
 from longlora_jax.plan.chips import GIB, Topology, find_topology
 from longlora_jax.plan.collectives import collectives, totals
 from longlora_jax.plan.costs import choose_remat, estimate, forward_flops, host_bytes, sent, step_flops
+from longlora_jax.plan.gpus import CARDS, compiled_for_gpu
 from longlora_jax.plan.meshes import choose_mesh
 from longlora_jax.training import run
 from longlora_jax.training.step import compile_train_step
@@ -33,13 +34,19 @@ from longlora_jax.weights.hf_config import load_config
 def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     """The plan of a run on a topology such as "v5e:2x4" (8 TPU chips of v5e) or "h100:8", as one JSON-like dict.
 
-    TPUs are compiled for; GPUs are planned by formula: "memory_by" and "collectives_by" say "compiler" or "formula".
+    TPUs are compiled for, and GPUs where JAX's CUDA plugin is installed, else planned by formula: "memory_by" and
+    "collectives_by" say "compiler" or "formula", and "not_compiled" says why not.
     mfu: the share of the chips' peak that the step is taken to reach, for tokens a second and hours: a guess, not a
     measurement. Raises UserError for a topology or a mesh that cannot be.
     """
     validate(config)
     config = dataclasses.replace(config, model=_extended(config))
     found = find_topology(topology)
+    with compiled_for("gpu" if found.kind in CARDS else "tpu"):
+        return _plan(config, topology, found, mfu)
+
+
+def _plan(config: Config, topology: str, found: Topology, mfu: float) -> dict[str, Any]:
     limit = int(found.chip.memory_gib * GIB)
     config, _ = choose_mesh(config, found.count, limit)
     chip, mesh = found.chip, _mesh(config, found)
@@ -49,9 +56,10 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     started = time.perf_counter()
     by_hand = estimate(config, mesh)
     if by_compiler := found.devices is not None:
-        compiled, needed = _compile(config, model, mesh)
-        memory, fits = compiled_memory(compiled), compiled is not None
+        compiled, needed = _compile(config, model, mesh, found.kind)
+        memory = compiled_memory(compiled)
         needed = memory["total"] if compiled else needed
+        fits = compiled is not None and needed <= limit  # for GPUs also what does not fit is compiled
     else:
         compiled, memory, needed, fits = None, {}, by_hand["total"], by_hand["total"] <= limit
     text = _text(compiled) if compiled else ""
@@ -82,6 +90,7 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
         ),
         "fits": fits,
         "memory_by": "compiler" if by_compiler else "formula",
+        "not_compiled": found.why,
         "hbm_bytes_per_device": needed,
         "hbm_limit_bytes": limit,
         "host_bytes_per_device": memory["host"] if compiled else host_bytes(config, mesh),
@@ -125,12 +134,17 @@ def _mesh(config: Config, topology: Topology) -> Any:
 def search(config: Config, topology: str) -> Config:
     """The config changed to the longest window, in doublings of its own, that fits a topology: mesh, rows and remat.
 
-    Every mesh of fsdp and context over all devices is tried by estimate(), the one with the most rows first; on TPUs
-    the longest is confirmed by compiling, and shortened until it fits. Raises UserError if nothing down to an eighth of
-    the window does.
+    Every mesh of fsdp and context over all devices is tried by estimate(), the one with the most rows first; where
+    there is a compiler, the longest is confirmed by compiling, and shortened until it fits. Raises UserError if nothing
+    down to an eighth of the window does.
     """
     config = dataclasses.replace(config, model=config.model or load_config(config.init_from))
     found = find_topology(topology)
+    with compiled_for("gpu" if found.kind in CARDS else "tpu"):
+        return _search(config, topology, found)
+
+
+def _search(config: Config, topology: str, found: Topology) -> Config:
     limit, ways = found.chip.memory_gib * GIB, found.count
     fitting = []
     hold_less = ({"remat": "block", "chunks": 1}, {"remat": "offload", "chunks": 1}, {"remat": "offload", "chunks": 16})
@@ -155,22 +169,30 @@ def search(config: Config, topology: str) -> Config:
         mesh = _mesh(tried, found)
         how = f"remat {tried.remat}, chunks {tried.chunks}"
         print(f"compiling   {tried.seq_len:,} tokens, mesh {dict(mesh.shape)}, {how}", flush=True)
-        if _compile(tried, run.build_model(tried, mesh), mesh)[0]:
+        if _fits(tried, mesh, found):
             return tried
     raise UserError(f"{topology} holds no window of {config.seq_len // 8} tokens or more: take more or larger chips")
 
 
-def _compile(config: Config, model: Llama, mesh):
-    """(the compiled step, 0), or (None, bytes that it would need on a device)."""
+def _fits(config: Config, mesh, found: Topology) -> bool:
+    compiled, _ = _compile(config, run.build_model(config, mesh), mesh, found.kind)
+    return compiled is not None and compiled_memory(compiled)["total"] <= found.chip.memory_gib * GIB
+
+
+def _compile(config: Config, model: Llama, mesh, kind: str):
+    """(the step compiled for a kind of chip, 0), or (None, bytes that it would need on a device of a TPU)."""
     rows = jax.ShapeDtypeStruct(
         (config.batch_size, config.seq_len),
         "int32",
         sharding=sharding.batch_sharding(mesh, config.batch_size // config.accumulation),
     )
     state, frozen = run.abstract_state(config, model, mesh)
+    segmented = any(part.packing == "best_fit" for part in (config.data, *config.mixture))
+    if kind in CARDS:
+        with compiled_for_gpu(kind) as options:
+            return compile_train_step(state, frozen, rows, segmented=segmented, options=options), 0
     with compiled_for("tpu"):
         try:
-            segmented = any(part.packing == "best_fit" for part in (config.data, *config.mixture))
             return compile_train_step(state, frozen, rows, segmented=segmented), 0
         except jax.errors.JaxRuntimeError as error:
             return None, exceeded(error, (state, frozen))

@@ -150,14 +150,17 @@ def jit_train_step(state: TrainState):
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def compile_train_step(state: TrainState, frozen, rows: jax.ShapeDtypeStruct, *, segmented: bool = False):
+def compile_train_step(
+    state: TrainState, frozen, rows: jax.ShapeDtypeStruct, *, segmented: bool = False, options: dict | None = None
+):
     """jit_train_step compiled ahead of the first step, for batches of `rows` ([B, T] int32, sharded).
 
-    segmented: batches hold segment_ids; without them a row is one segment, and no mask is paid for.
+    segmented: batches hold segment_ids; without them a row is one segment, and no mask is paid for. options: XLA's, for
+    this program alone.
     """
     names = ("tokens", "positions", "loss_mask", *(("segment_ids",) if segmented else ()))
     batch = dict.fromkeys(names, rows)
-    return jit_train_step(state).lower(state, frozen, batch).compile()
+    return jit_train_step(state).lower(state, frozen, batch).compile(compiler_options=options)
 
 
 def jit_eval_step(model: Llama, loss_chunk: int = 1024):

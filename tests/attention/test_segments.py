@@ -68,7 +68,7 @@ def hopper(monkeypatch):
     """A Hopper GPU to compile for: JAX asks the library and the device before it traces a call of cuDNN."""
     monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91_900)
     monkeypatch.setattr(jax_cudnn, "check_compute_capability", lambda wanted: float(wanted) <= 9.0)
-    monkeypatch.setattr(kernels, "_capability", lambda: "9.0")
+    monkeypatch.setattr(kernels, "device_capability", lambda: "9.0")
     kernels.say_once.cache_clear()
 
 
@@ -260,7 +260,7 @@ def test_remat_attention_keeps_what_segments_made(hopper, remat, forwards):
 @pytest.mark.parametrize(("t", "n", "k", "h"), [(4096, 8, 8, 128), (2050, 9, 3, 64), (600, 4, 1, 80)])
 def test_cudnns_segments_compute_the_same(t, n, k, h):
     """On a GPU: forward and gradients against float64, as near to it as the blockwise kernel in the same dtype."""
-    if fault := gpu_fault((2, t, n, h), BF16, k, True, capability=kernels._capability()):
+    if fault := gpu_fault((2, t, n, h), BF16, k, True, capability=kernels.device_capability()):
         pytest.skip(fault)
     rng = np.random.default_rng(t)
     ids = packed_rows(rng, 2, t)
