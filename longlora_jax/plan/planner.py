@@ -7,6 +7,7 @@ The numbers come from compiling the very train step for the accelerator, which n
 import dataclasses
 import itertools
 import math
+import os
 import re
 import time
 from typing import Any
@@ -28,6 +29,7 @@ from longlora_jax.plan.gpus import CARDS, compiled_for_gpu
 from longlora_jax.plan.meshes import choose_mesh
 from longlora_jax.training import run
 from longlora_jax.training.step import compile_train_step
+from longlora_jax.weights.base import kept_as
 from longlora_jax.weights.hf_config import load_config
 
 
@@ -40,6 +42,7 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     measurement. Raises UserError for a topology or a mesh that cannot be.
     """
     validate(config)
+    config = with_base(config)
     config = dataclasses.replace(config, model=_extended(config))
     found = find_topology(topology)
     with compiled_for("gpu" if found.kind in CARDS else "tpu"):
@@ -112,9 +115,20 @@ def _plan(config: Config, topology: str, found: Topology, mfu: float) -> dict[st
     }
 
 
+def with_base(config: Config) -> Config:
+    """The config with its model and, where init_from is a folder that is here, its matrices as a run would keep them.
+
+    Raises UserError for a quantized folder that the config asks something else of.
+    """
+    config = dataclasses.replace(config, model=config.model or load_config(config.init_from))
+    if not os.path.isdir(config.init_from):
+        return config
+    return dataclasses.replace(config, base_quantization=kept_as(config))
+
+
 def _extended(config: Config) -> ModelConfig:
-    model = config.model or load_config(config.init_from)
-    return run.extend_model(model, config)
+    assert config.model is not None  # with_base filled it
+    return run.extend_model(config.model, config)
 
 
 def _mesh(config: Config, topology: Topology) -> Any:
@@ -138,7 +152,7 @@ def search(config: Config, topology: str) -> Config:
     there is a compiler, the longest is confirmed by compiling, and shortened until it fits. Raises UserError if nothing
     down to an eighth of the window does.
     """
-    config = dataclasses.replace(config, model=config.model or load_config(config.init_from))
+    config = with_base(config)
     found = find_topology(topology)
     with compiled_for("gpu" if found.kind in CARDS else "tpu"):
         return _search(config, topology, found)

@@ -19,6 +19,7 @@ from longlora_jax.generate.generation import load_for_generation
 from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama
 from longlora_jax.parallel.sharding import make_mesh
+from longlora_jax.plan import planner
 from longlora_jax.training import run
 from longlora_jax.weights import base, bnb
 from longlora_jax.weights.hf import load_hf, open_hf, save_hf
@@ -122,6 +123,17 @@ def test_a_run_keeps_a_quantized_base_as_it_is(folders):
         base.kept_as(config_of(folders["nf4"], mode="full"))
     with pytest.raises(UserError, match="twice"):
         open_model(str(folders["int8"]), quantize="nf4")
+
+
+def test_a_plan_counts_a_quantized_folder_as_it_is(folders):
+    """Catches: a plan of full matrices for a folder whose codes a run would keep."""
+    given = config_of(folders["nf4"])
+    assert given.base_quantization == "none"
+    found = planner.with_base(given)
+    assert found.base_quantization == "nf4" and found.model is not None
+    assert planner.with_base(config_of(folders["plain"])).base_quantization == "none"
+    with pytest.raises(UserError, match="is quantized"):
+        planner.with_base(dataclasses.replace(given, mode="full"))
 
 
 def test_a_quantized_base_cannot_train(folders):
