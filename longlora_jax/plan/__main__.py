@@ -28,6 +28,10 @@ def table(found: dict[str, Any]) -> str:
         f"parameters  {found['parameters']:,}, of which {found['trainable_parameters']:,} train",
         f"memory      {total:.2f} of {limit:.2f} GiB a device by {found['memory_by']}: {fits}",
     ]
+    if found["fits"] and total > limit:
+        lines.append(
+            "            the compiler took it, and refuses what does not fit: its sum counts more than it keeps"
+        )
     if found["not_compiled"]:
         lines.append(f"            {found['not_compiled']}")
     if found["topology"].partition(":")[0] in GPUS and limit * DEFAULT_SHARE / SHARE < total <= limit:

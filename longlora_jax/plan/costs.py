@@ -175,7 +175,7 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
     gradients back; attention exchanges what context_parallel says, forward, again for the backward pass, and as
     gradients; the other trainables' gradients are summed. A tensor axis sums eight arrays of activations a layer (o,
     down; o again; the gradients of q, k, v, gate and up) and two of embeddings; heads that XLA moves about over it are
-    not counted, nor tokens and norms, nor what chunks gather and exchange once more.
+    not counted, nor tokens and norms. In chunks, neighbours are asked once more: a chunk's attention is computed again.
     """
     c = config.model
     assert c is not None
@@ -211,7 +211,7 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
         how = exchange(one, config.seq_len, c.num_attention_heads, c.num_key_value_heads, shape["context"])
         if how in (NEIGHBOUR, TURNS):  # keys and values; of groups, half a group of the shifted half of the heads
             tokens_sent = one.group_size - 1 if one.name == "window" else one.group_size / 4
-            permuted += 6 * count * rows * tokens_sent * kv_heads
+            permuted += (6 if config.chunks == 1 else 8) * count * rows * tokens_sent * kv_heads
         if how == HEADS:
             swapped += 3 * count * tokens * (2 * heads + 2 * kv_heads)
     found += [row("collective-permute", ("context",), permuted), row("all-to-all", ("context",), swapped)]

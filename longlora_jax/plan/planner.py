@@ -62,7 +62,7 @@ def _plan(config: Config, topology: str, found: Topology, mfu: float) -> dict[st
         compiled, needed = _compile(config, model, mesh, found.kind)
         memory = compiled_memory(compiled)
         needed = memory["total"] if compiled else needed
-        fits = compiled is not None and needed <= limit  # for GPUs also what does not fit is compiled
+        fits = _fits(compiled, found)
     else:
         compiled, memory, needed, fits = None, {}, by_hand["total"], by_hand["total"] <= limit
     text = _text(compiled) if compiled else ""
@@ -183,14 +183,19 @@ def _search(config: Config, topology: str, found: Topology) -> Config:
         mesh = _mesh(tried, found)
         how = f"remat {tried.remat}, chunks {tried.chunks}"
         print(f"compiling   {tried.seq_len:,} tokens, mesh {dict(mesh.shape)}, {how}", flush=True)
-        if _fits(tried, mesh, found):
+        if _fits(_compile(tried, run.build_model(tried, mesh), mesh, found.kind)[0], found):
             return tried
     raise UserError(f"{topology} holds no window of {config.seq_len // 8} tokens or more: take more or larger chips")
 
 
-def _fits(config: Config, mesh, found: Topology) -> bool:
-    compiled, _ = _compile(config, run.build_model(config, mesh), mesh, found.kind)
-    return compiled is not None and compiled_memory(compiled)["total"] <= found.chip.memory_gib * GIB
+def _fits(compiled, found: Topology) -> bool:
+    """Whether a step that _compile gave fits: TPUs' compiler refuses one that does not, GPUs' compiles it.
+
+    The sum of compiled_memory can be more than a TPU has, of a step that offloads, although its compiler took it.
+    """
+    if compiled is None or found.kind not in CARDS:
+        return compiled is not None
+    return compiled_memory(compiled)["total"] <= found.chip.memory_gib * GIB
 
 
 def _compile(config: Config, model: Llama, mesh, kind: str):

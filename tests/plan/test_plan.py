@@ -211,7 +211,7 @@ def test_what_is_sent_by_formula_is_what_the_compiler_sends(axes, pattern, accum
 
 @pytest.mark.parametrize(
     "row",
-    [row for row in (*PLANNED.values(), *GPU_PLANNED.values()) if row["collectives"] and row["chunks"] == 1],
+    [row for row in (*PLANNED.values(), *GPU_PLANNED.values()) if row["collectives"]],
     ids=lambda row: f"{row['topology']}-{row['seq_len']}",
 )
 def test_what_is_sent_at_real_sizes(row):
