@@ -106,7 +106,8 @@ def cudnn_piece(q, k, v, counts=None, *, softcap: float = 0.0):
     if t % 2:  # see kernels.cudnn_attention
         q, *own = (jnp.pad(x, ((0, 0), (0, 0), (0, 1), (0, 0))) for x in ((q, k, v) if counts is None else (q,)))
         k, v = own or (k, v)
-    out, log_total = dot_product_attention(q, k, v, **options)
+    both: Any = dot_product_attention(q, k, v, **options)
+    out, log_total = both
     return out[:, :, :t], log_total[:, :, :t]
 
 

@@ -124,7 +124,8 @@ def _vjp_forward(q, k, v, segment_ids):
     out, sums = jnp.zeros_like(q), []
     for i in range(calls_for(q.shape[1])):
         cut = [x.reshape(-1, x.shape[1] // SLOTS**i, *x.shape[2:]) for x in (q, k, v)]
-        some, total = forward(*cut, *offsets_of(begins, length, call, i))
+        offsets, lengths = offsets_of(begins, length, call, i)
+        some, total = forward(cut[0], cut[1], cut[2], offsets, lengths)
         # What lies in no segment of the call was never written.
         out = jnp.where((call == i)[..., None, None], some.reshape(q.shape), out)
         sums.append(checkpoint_name(total, "attention"))
@@ -149,7 +150,8 @@ def _vjp_backward(residuals, d_out):
 
     for i, total in enumerate(sums):
         cut = [x.reshape(-1, x.shape[1] // SLOTS**i, *x.shape[2:]) for x in (q, k, v, out, d_out)]
-        grads = take(call == i, backward(*cut, total, *offsets_of(begins, length, call, i)), grads)
+        offsets, lengths = offsets_of(begins, length, call, i)
+        grads = take(call == i, backward(cut[0], cut[1], cut[2], cut[3], cut[4], total, offsets, lengths), grads)
     short = call == len(sums)
 
     def fill():

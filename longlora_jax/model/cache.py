@@ -170,7 +170,7 @@ def cut_of(rows: int, kv_heads: int, mesh: Mesh | None) -> Cut:
 
 def cache_shardings(cache: Cache, mesh: Mesh) -> Cache:
     """Where the arrays of a cache lie on a mesh: a cache of NamedShardings. Slots of a sink cache are not cut."""
-    cut = cut_of(*cache.keys.shape[1:3], mesh)
+    cut = cut_of(cache.keys.shape[1], cache.keys.shape[2], mesh)
     spec = P(None, cut.rows, cut.heads) if cache.window else P(None, *cut)
     big, small = NamedSharding(mesh, spec), NamedSharding(mesh, P())
     return jax.tree.map(lambda x: big if x.ndim == 5 else small, cache)
@@ -288,7 +288,8 @@ def _attend_to_share(q, k, v, cache: Cache, axes: tuple[str, ...], ways: int, sh
     def by_kernel():
         def past(j, sums):
             held = jnp.clip(before.lengths - j * size - share * here, 0, here)
-            return join(sums, piece(*(_block(x, first + j, 0, here) for x in (cache.keys, cache.values)), held))
+            keys, values = (_block(x, first + j, 0, here) for x in (cache.keys, cache.values))
+            return join(sums, piece(keys, values, held))
 
         pieces = (jnp.max(before.lengths) + size - 1) // size
         acc, top, total = piece(k.swapaxes(1, 2), v.swapaxes(1, 2))

@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 from longlora_jax.attention.kernels import compiled_for
 
 INSTALL = 'pip install -e ".[gpu-plan]"'
-OPTIONS = {"xla_gpu_autotune_level": 0}  # kernels are chosen by rules: trying them would take a GPU
+OPTIONS: Any = {"xla_gpu_autotune_level": 0}  # kernels are chosen by rules: trying them would take a GPU
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 _TRIED = ("0.10.", "0.11.")  # versions of JAX whose checks of cuDNN are known here
 _CUDNN = 91900  # the version that is taken to be there: 9.19, which benchmarks/gpu was measured with

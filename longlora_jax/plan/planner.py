@@ -217,7 +217,7 @@ def _compile(config: Config, model: Llama, mesh, kind: str):
             return None, exceeded(error, (state, frozen))
 
 
-def exceeded(error: jax.errors.JaxRuntimeError, held) -> int:
+def exceeded(error: Exception, held) -> int:
     """Bytes on a device of a program that does not fit and of what it is given (a tree); other errors are raised."""
     if total := re.search(r"of ([\d.]+)G hbm. Exceeded hbm capacity by ([\d.]+)([KMG])", str(error)):
         return int(float(total[1]) * GIB + float(total[2]) * {"K": 2**10, "M": 2**20, "G": GIB}[total[3]])

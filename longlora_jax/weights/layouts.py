@@ -120,10 +120,10 @@ def _heads_together(family: Family, table: Table) -> Table:
         one_head = re.compile(rf"(.*\.){re.escape(theirs)}\.norms\.\d+\.weight")
         for before in dict.fromkeys(match[1] for name in table if (match := one_head.fullmatch(name))):
             names = [name for name in table if name.startswith(f"{before}{theirs}.norms.")]
-            heads = [table.get(f"{before}{theirs}.norms.{i}.weight") for i in range(len(names))]
-            if any(t is None or t.shape != heads[0].shape or len(t.shape) != 1 for t in heads):
+            in_order = [f"{before}{theirs}.norms.{i}.weight" for i in range(len(names))]
+            tensors = [table[name] for name in in_order if name in table]
+            if len(tensors) < len(names) or len({t.shape for t in tensors}) > 1 or len(tensors[0].shape) != 1:
                 continue
-            tensors = [t for t in heads if t is not None]
             kinds = {t.dtype for t in tensors}
 
             def read(tensors=tensors):
