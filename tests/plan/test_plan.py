@@ -211,13 +211,13 @@ def test_what_is_sent_by_formula_is_what_the_compiler_sends(axes, pattern, accum
 
 @pytest.mark.parametrize(
     "row",
-    [row for row in (*PLANNED.values(), *GPU_PLANNED.values()) if row["collectives"]],
+    [row for row in (*PLANNED.values(), *GPU_PLANNED.values(), *MORE) if row["collectives"]],
     ids=lambda row: f"{row['topology']}-{row['seq_len']}",
 )
 def test_what_is_sent_at_real_sizes(row):
     """Catches: a formula that is right for toys alone. TPUs gather some kernels piece by piece, as permutes."""
-    config = config_of(row["command"])
-    by_hand = costs.sent(config, abstract_mesh(config.mesh, row["devices"]))
+    config = dataclasses.replace(config_of(row["command"]), mesh=MeshConfig(**row["mesh"], auto=False))
+    by_hand = costs.sent(config, abstract_mesh(config.mesh, math.prod(row["mesh"].values())))
     ours, theirs = (
         sum(r["bytes"] for r in rows if r["op"] in ("all-gather", "collective-permute"))
         for rows in (by_hand, row["collectives"])
