@@ -22,6 +22,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -342,4 +343,6 @@ def _turned(keys, cos, sin):
 def _block(array, block, start, size: int):
     """Slots [start, start + size) of a block, [B, K, size, H]."""
     _, b, kv_heads, _, h = array.shape
-    return jax.lax.dynamic_slice(array, (block, 0, 0, start, 0), (1, b, kv_heads, size, h))[0]
+    held = jax.lax.dynamic_slice(array, (block, 0, 0, start, 0), (1, b, kv_heads, size, h))[0]
+    # Else XLA gives all values the layout that the product of one token's weights likes: a copy of the cache a step.
+    return with_layout_constraint(held, Layout(major_to_minor=(0, 1, 2, 3)))

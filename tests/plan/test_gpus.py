@@ -16,7 +16,7 @@ from longlora_jax.attention.kernels import device_capability, kernel_name
 from longlora_jax.config import MeshConfig
 from longlora_jax.model_config import ModelConfig
 from longlora_jax.plan import __main__ as command
-from longlora_jax.plan import chips, gpus, planner
+from longlora_jax.plan import chips, generation, gpus, planner
 from longlora_jax.plan.collectives import _computations, collectives, totals
 from longlora_jax.training import run
 
@@ -137,3 +137,17 @@ def test_cards_are_those_that_can_be_planned_for():
     assert set(gpus.CARDS) == set(chips.GPUS)
     for card in gpus.CARDS.values():
         assert card.capability in gpus._GENERATIONS
+
+
+@compiles
+def test_a_token_after_a_long_prompt_copies_no_cache():
+    """Catches: values of all layers that are turned for the product of one token's weights, and back, at every step."""
+    model = ModelConfig(
+        num_attention_heads=4, num_key_value_heads=4, rms_norm_eps=1e-5, max_position_embeddings=2**17,
+        rope_theta=10_000.0, initializer_range=0.02, tie_word_embeddings=False, **SIZES,
+    )  # fmt: skip
+    config = presets.longlora(model, init_from="x", seq_len=2**17)
+    found = generation.plan_generation(dataclasses.replace(config, dtype="bfloat16"), "h100:1")
+    held = found["weights_bytes_per_device"] + found["cache_bytes_per_device"]
+    assert found["memory_by"] == "compiler"
+    assert found["decode_bytes_per_device"] - held < found["cache_bytes_per_device"] / 8
