@@ -114,7 +114,7 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
             if pattern != state.model.pattern:
                 state = state.replace(model=state.model.clone(pattern=pattern))
                 if pattern not in step_fns:
-                    log.info("step %d: under %s attention (%s)", step, pattern, "attention.full_last, full_every")
+                    log.info("step %d: under %s attention (attention.full_last, full_every)", step, pattern)
                     step_fns[pattern] = compile_train_step(state, frozen, shape, segmented=data.segmented)
             state, values = step_fns[pattern](state, frozen, batch)
             tokens += config.batch_size * config.seq_len

@@ -289,12 +289,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     errors.start_logging()
     check_outputs(args.json, None)
-    args.model = at_step(args.model, args.step)
-    how = {"dtype": args.dtype, "batch_size": args.batch_size, "max_length": args.max_length}
-    model = LongLoraLM(args.model, **how, quantize=args.quantize)
     for path in filter(None, (args.data, args.include_path)):
         if not os.path.isdir(path):
             raise UserError(f"{path} is no folder: give one that exists")
+    args.model = at_step(args.model, args.step)
+    how = {"dtype": args.dtype, "batch_size": args.batch_size, "max_length": args.max_length}
+    model = LongLoraLM(args.model, **how, quantize=args.quantize)
     further = args.include_path and os.path.abspath(args.include_path)
     tokenizer = {"tokenizer": os.path.abspath(model.folder)}
     manager = TaskManager(include_path=further, metadata=tokenizer | args.metadata)

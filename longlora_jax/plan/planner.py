@@ -22,10 +22,9 @@ from longlora_jax.model import trainable
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.model.layers import windows_of
 from longlora_jax.parallel import sharding
-from longlora_jax.plan.chips import GIB, Topology, find_topology
+from longlora_jax.plan.chips import GIB, GPUS, Topology, find_topology, traced_for
 from longlora_jax.plan.collectives import collectives, totals
 from longlora_jax.plan.costs import choose_remat, estimate, forward_flops, host_bytes, sent, step_flops
-from longlora_jax.plan.gpus import CARDS, compiled_for_gpu
 from longlora_jax.plan.meshes import choose_mesh
 from longlora_jax.training import run
 from longlora_jax.training.step import compile_train_step
@@ -45,7 +44,7 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     config = with_base(config)
     config = dataclasses.replace(config, model=_extended(config))
     found = find_topology(topology)
-    with compiled_for("gpu" if found.kind in CARDS else "tpu"):
+    with compiled_for("gpu" if found.kind in GPUS else "tpu"):
         return _plan(config, topology, found, mfu)
 
 
@@ -59,7 +58,7 @@ def _plan(config: Config, topology: str, found: Topology, mfu: float) -> dict[st
     started = time.perf_counter()
     by_hand = estimate(config, mesh)
     if by_compiler := found.devices is not None:
-        compiled, needed = _compile(config, model, mesh, found.kind)
+        compiled, needed = _compile(config, model, mesh, found)
         memory = compiled_memory(compiled)
         needed = memory["total"] if compiled else needed
         fits = _fits(compiled, found)
@@ -154,7 +153,7 @@ def search(config: Config, topology: str) -> Config:
     """
     config = with_base(config)
     found = find_topology(topology)
-    with compiled_for("gpu" if found.kind in CARDS else "tpu"):
+    with compiled_for("gpu" if found.kind in GPUS else "tpu"):
         return _search(config, topology, found)
 
 
@@ -183,7 +182,7 @@ def _search(config: Config, topology: str, found: Topology) -> Config:
         mesh = _mesh(tried, found)
         how = f"remat {tried.remat}, chunks {tried.chunks}"
         print(f"compiling   {tried.seq_len:,} tokens, mesh {dict(mesh.shape)}, {how}", flush=True)
-        if _fits(_compile(tried, run.build_model(tried, mesh), mesh, found.kind)[0], found):
+        if _fits(_compile(tried, run.build_model(tried, mesh), mesh, found)[0], found):
             return tried
     raise UserError(f"{topology} holds no window of {config.seq_len // 8} tokens or more: take more or larger chips")
 
@@ -193,13 +192,13 @@ def _fits(compiled, found: Topology) -> bool:
 
     The sum of compiled_memory can be more than a TPU has, of a step that offloads, although its compiler took it.
     """
-    if compiled is None or found.kind not in CARDS:
+    if compiled is None or found.kind not in GPUS:
         return compiled is not None
     return compiled_memory(compiled)["total"] <= found.chip.memory_gib * GIB
 
 
-def _compile(config: Config, model: Llama, mesh, kind: str):
-    """(the step compiled for a kind of chip, 0), or (None, bytes that it would need on a device of a TPU)."""
+def _compile(config: Config, model: Llama, mesh, found: Topology):
+    """(the step compiled for these devices, 0), or (None, bytes that it would need on a device of a TPU)."""
     rows = jax.ShapeDtypeStruct(
         (config.batch_size, config.seq_len),
         "int32",
@@ -207,12 +206,9 @@ def _compile(config: Config, model: Llama, mesh, kind: str):
     )
     state, frozen = run.abstract_state(config, model, mesh)
     segmented = any(part.packing == "best_fit" for part in (config.data, *config.mixture))
-    if kind in CARDS:
-        with compiled_for_gpu(kind) as options:
-            return compile_train_step(state, frozen, rows, segmented=segmented, options=options), 0
-    with compiled_for("tpu"):
+    with traced_for(found) as options:
         try:
-            return compile_train_step(state, frozen, rows, segmented=segmented), 0
+            return compile_train_step(state, frozen, rows, segmented=segmented, options=options), 0
         except jax.errors.JaxRuntimeError as error:
             return None, exceeded(error, (state, frozen))
 

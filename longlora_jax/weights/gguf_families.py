@@ -15,11 +15,7 @@ Raw = dict[str, Any]
 Own = Callable[..., Any]  # own(key, default): the value of a key that begins with the architecture's name
 
 
-def _nothing_told(shapes: Mapping[str, tuple[int, ...]]) -> Raw:
-    return {}
-
-
-def _nothing(own: Own, raw: Raw) -> Raw:
+def _nothing(*_: Any) -> Raw:
     return {}
 
 
@@ -48,7 +44,7 @@ class Architecture:
     reads: Callable[[Own, Raw], Raw] = _nothing
     known: tuple[str, ...] = ()
     neutral: Raw = field(default_factory=dict)
-    tell: Callable[[Mapping[str, tuple[int, ...]]], Raw] = _nothing_told
+    tell: Callable[[Mapping[str, tuple[int, ...]]], Raw] = _nothing
 
 
 TOP_NAMES = {

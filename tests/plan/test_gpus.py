@@ -37,7 +37,7 @@ def compiled(heads: int, kv_heads: int, mesh=MeshConfig(), count: int = 1, **opt
     config = dataclasses.replace(config, model=run.extend_model(model, config))
     topology = chips.find_topology(f"h100:{count}")
     mesh = planner._mesh(config, topology)
-    step, _ = planner._compile(config, run.build_model(config, mesh), mesh, topology.kind)
+    step, _ = planner._compile(config, run.build_model(config, mesh), mesh, topology)
     assert planner.compiled_memory(step)["total"] > 0
     return config, mesh, step.as_text()
 
