@@ -130,9 +130,9 @@ class Config:
     # they are, which a folder that bitsandbytes quantized has in its codes (fp4 and fp4_double are only read).
     base_quantization: str = "none"
     neftune_alpha: float = 0.0  # noise on the embeddings in training (arXiv:2310.05914 takes 5 to 15); 0: none
-    # What the backward pass computes again of a block: block (all of it), attention (all but attention), none, or
-    # offload (all, and the blocks' inputs wait in the host's memory: TPU and GPU). auto: the fastest that fits, by the
-    # planner's estimate.
+    # What the backward pass computes again of a block: block (all of it), attention (all but attention), dots (all but
+    # attention and matrix products), none, or offload (all, and the blocks' inputs wait in the host's memory: TPU and
+    # GPU). auto: the fastest that fits, by the planner's estimate.
     remat: str = "block"
     # Of a very long sequence: a block's heads, and the tokens of its MLP, come in so many chunks, one after another.
     # Heads in as many as cut them evenly, and all at once where a tensor axis shares them out.
@@ -155,7 +155,7 @@ CHOICES = {
     "base_quantization": ("none", "nf4", "nf4_double", "int8", "fp4", "fp4_double"),
     "mode": MODES,
     "dtype": ("bfloat16", "float32"),
-    "remat": ("block", "attention", "offload", "none", "auto"),
+    "remat": ("block", "attention", "dots", "offload", "none", "auto"),
     "attention.pattern": PATTERNS,
     "optim.schedule": ("constant", "cosine", "linear"),
     "rope.type": ("auto", *ROPE_TYPES, "keep"),
@@ -217,6 +217,11 @@ def validate(config: Config) -> None:
         faults.append(
             f"chunks={config.chunks} with remat='none' would keep every layer's matrices unpacked: set remat to block "
             "or offload, or chunks to 1"
+        )
+    if config.chunks > 1 and config.remat == "dots":
+        faults.append(
+            f"chunks={config.chunks} computes a chunk's matrix products again, and remat='dots' would keep them: set "
+            "remat to attention or block, or chunks to 1"
         )
     if unknown := set(config.lora.targets) - {*ATTENTION_TARGETS, *MLP_TARGETS}:
         known = ", ".join((*ATTENTION_TARGETS, *MLP_TARGETS))

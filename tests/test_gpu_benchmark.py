@@ -16,7 +16,7 @@ GIB = 2**30
 def planned(step, devices):
     """Weights and activations, about as the planner has them, without its seconds."""
     weights = {"smollm2": 1, "1b": 4, "7b": 16}[step.model]
-    kept = {"block": 1, "attention": 3, "none": 8}[step.remat]
+    kept = {"block": 1, "attention": 3, "dots": 5, "none": 8}[step.remat]
     return GIB * (weights + weights * kept * step.seq_len / 50_000)
 
 

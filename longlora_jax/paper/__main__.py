@@ -1,8 +1,10 @@
 """The paper's tables in miniature: trains every row that is not finished, scores it, and prints all tables."""
 
+import multiprocessing
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,13 @@ def _parser() -> errors.ArgumentParser:
         metavar="N",
         help="training steps of a row (default: %(default)s)",
     )
+    rows_help = "rows of 1,008 tokens in a step (default: as configs/paper.py says)"
+    add("--batch_size", type=number(int, 1), metavar="N", help=rows_help)
+    add("--dtype", choices=("float32", "bfloat16"), help="of training and scoring (default: as configs/paper.py says)")
     add("--seeds", type=number(int, 1), default=1, metavar="N", help="runs of each row, seeds 0 to N - 1 (default: 1)")
     add("--workdir", type=Path, default=Path("runs/paper"), help="folder of all runs (default: %(default)s)")
+    jobs_help = "runs at the same time, for a GPU that one of them does not fill (default: %(default)s)"
+    add("--jobs", type=number(int, 1), default=1, metavar="N", help=jobs_help)
     add("--list", action="store_true", help="say what would run and how long it takes, and run nothing")
     add("--show", action="store_true", help="print and draw what is finished, and run nothing")
     return parser
@@ -47,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = tables.chosen([name for name in args.rows.split(",") if name])
     if not os.path.isdir(runs.BASE):
         raise UserError(f"there is no {runs.BASE} here: run this in the root of the repository")
-    needed = list(dict.fromkeys(row.run(args.steps) for _, rows in chosen for row in rows))
+    common = {name: value for name in ("batch_size", "dtype") if (value := getattr(args, name))}
+    needed = list(dict.fromkeys(row.run(args.steps, common) for _, rows in chosen for row in rows))
     if args.list:
-        print(listing(args.workdir, chosen, args.steps, args.seeds))
+        print(listing(args.workdir, chosen, args.steps, args.seeds, common))
         return
     if not args.show:
         # All rows with one seed first: a table with one seed says more than a row with three.
@@ -59,11 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for run in needed
             if (run.steps or not seed) and not runs.finished(args.workdir, run, seed)
         ]
-        for number_, (run, seed) in enumerate(left, 1):
-            print(f"\n[{number_}/{len(left)}] {run.name}, seed {seed}", flush=True)
-            result = runs.make(args.workdir, run, seed, twice=tables.scored_twice(run, args.steps))
-            print(f"perplexity {result['perplexity']:.2f} in {result['seconds']:.0f} s", flush=True)
-    content = runs.gather(args.workdir, needed, steps=args.steps)
+        # Processes that train and score take turns on a GPU: none may take its memory before it needs it.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        make_all(args.workdir, left, args.jobs, lambda run: tables.scored_twice(run, args.steps, common))
+    content = runs.gather(args.workdir, needed, steps=args.steps, common=common)
     if not content["runs"]:
         raise UserError(f"{args.workdir} holds no finished row of {args.steps} steps: leave out --show to train some")
     write_json(str(args.workdir / "paper.json"), content)
@@ -72,7 +79,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nNumbers: {args.workdir}/paper.json, picture: {args.workdir}/paper.png")
 
 
-def listing(workdir: Path, chosen: results.Chosen, steps: int, seeds: int) -> str:
+def make_all(
+    workdir: Path, left: Sequence[tuple[tables.Run, int]], jobs: int, twice: Callable[[tables.Run], bool]
+) -> None:
+    """Makes every (run, seed), so many at the same time, and says what is finished as it is. Raises UserError."""
+
+    def say(i: int, result: dict[str, Any]) -> None:
+        what = f"[{i}/{len(left)}] {result['run']}, seed {result['seed']}"
+        print(f"{what}: perplexity {result['perplexity']:.2f} in {result['seconds']:.0f} s", flush=True)
+
+    if jobs == 1:
+        for i, (run, seed) in enumerate(left, 1):
+            print(f"\n[{i}/{len(left)}] {run.name}, seed {seed}", flush=True)
+            say(i, runs.make(workdir, run, seed, twice=twice(run)))
+        return
+    if any(run.steps for run, _ in left):
+        runs.prepare(workdir)  # once, before all of them look for it
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(runs.make, workdir, run, seed, twice=twice(run)) for run, seed in left]
+        try:
+            for i, ended in enumerate(as_completed(waiting), 1):
+                say(i, ended.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def listing(
+    workdir: Path, chosen: results.Chosen, steps: int, seeds: int, common: Mapping[str, object] = tables.NOTHING
+) -> str:
     """Every row with its steps, what is finished of it, and the hours that are left."""
     measured, source = _measured(workdir)
     if not measured:
@@ -81,7 +116,7 @@ def listing(workdir: Path, chosen: results.Chosen, steps: int, seeds: int) -> st
     total, seen = 0.0, set()
     for table, rows in chosen:
         for row in rows:
-            run = row.run(steps)
+            run = row.run(steps, common)
             wanted = seeds if run.steps else 1
             done = sum(runs.finished(workdir, run, seed) is not None for seed in range(wanted))
             hours = (wanted - done) * _seconds(run, measured) / 3600

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from longlora_jax.evals.plots import COLOURS, HIGHLIGHT
-from longlora_jax.paper.tables import Row, Table
+from longlora_jax.paper.tables import NOTHING, Row, Run, Table
 
 Chosen = Sequence[tuple[Table, Sequence[Row]]]
 
@@ -24,7 +24,11 @@ def summary(values: Sequence[float]) -> tuple[float, float | None]:
 
 def results_of(content: dict[str, Any], row: Row) -> list[dict[str, Any]]:
     """The results of a row, one a seed, in what runs.gather returns."""
-    return content["runs"].get(row.run(content["steps"]).name, [])
+    return content["runs"].get(_run(row, content).name, [])
+
+
+def _run(row: Row, content: dict[str, Any]) -> Run:
+    return row.run(content["steps"], content.get("common", NOTHING))
 
 
 def _shown(values: Sequence[float | None]) -> str:
@@ -45,7 +49,7 @@ def format_table(table: Table, rows: Sequence[Row], content: dict[str, Any]) -> 
         results = results_of(content, row)
         cells = [_shown([r["perplexity"] for r in results])]
         cells += [_shown([r["pattern_perplexity"] for r in results])] if own else []
-        cells += [f"{len(results)}" if row.share else "–", f"{row.run(content['steps']).steps}"]
+        cells += [f"{len(results)}" if row.share else "–", f"{_run(row, content).steps}"]
         lines.append([row.label, *cells, *([row.paper or "–"] if paper else [])])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(

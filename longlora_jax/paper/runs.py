@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from longlora_jax.weights.load import OpenModel, open_model, read_run_config
 
 CONFIG = "configs/paper.py"
 BASE = "models/tiny-python-llama"
-DTYPE = "float32"
+DTYPE = "float32"  # of training and scoring, unless a run changes it
 SEQ_LEN = 1008
 SCORED = 4 * SEQ_LEN  # tokens of each held-out file, in windows of SEQ_LEN: the same for every row
 DATA, RESULTS, RUNS, COMPILED = "data", "results", "runs", "compiled"  # in the workdir
@@ -89,8 +89,9 @@ def score(folder: Path, run: Run, *, twice: bool) -> dict[str, Any]:
 
     {"nll", "perplexity", "stderr" (of nll, over the text), "tokens", "pattern", "pattern_perplexity" (or None)}.
     """
-    opened = open_model(str(folder) if run.steps else BASE, DTYPE)
-    model, documents = on_device(opened, DTYPE), held_out(opened)
+    dtype = dict(run.changes).get("dtype", DTYPE)
+    opened = open_model(str(folder) if run.steps else BASE, dtype)
+    model, documents = on_device(opened, dtype), held_out(opened)
     if not run.steps:
         kind = dict(run.changes).get("rope.type", "linear")
         model = dataclasses.replace(model, config=stretch_rope(model.config, SEQ_LEN, kind))
@@ -117,7 +118,7 @@ def _step_seconds(folder: Path) -> float | None:
     return statistics.median(json.loads(line)["perf/step_seconds"] for line in lines) if lines else None
 
 
-def gather(workdir: Path, runs: Sequence[Run], *, steps: int) -> dict[str, Any]:
+def gather(workdir: Path, runs: Sequence[Run], *, steps: int, common: Mapping[str, object]) -> dict[str, Any]:
     """All that is finished of some runs, whatever the seed: what the command writes as paper.json."""
     found = {}
     for run in runs:
@@ -128,6 +129,7 @@ def gather(workdir: Path, runs: Sequence[Run], *, steps: int) -> dict[str, Any]:
         "base": BASE,
         "seq_len": SEQ_LEN,
         "steps": steps,
+        "common": dict(common),
         "scored_tokens_a_file": SCORED,
         "files": list(HELD_OUT),
     }

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from longlora_jax.errors import UserError
 
+NOTHING: Mapping[str, object] = MappingProxyType({})
 LINEAR, YARN = {}, {"rope.type": "yarn"}
 FULL_TUNING = {"mode": "full"}
 
@@ -23,9 +25,13 @@ class Row:
     share: float = 1.0
     paper: str = ""
 
-    def run(self, steps: int) -> "Run":
-        """The run behind the row, where 1.0 stands for so many steps; rows of several tables may share one."""
-        changes = tuple(sorted((key, str(value)) for key, value in self.changes.items()))
+    def run(self, steps: int, common: Mapping[str, object] = NOTHING) -> "Run":
+        """The run behind the row, where 1.0 stands for so many steps; rows of several tables may share one.
+
+        common: changes of all rows; what is not trained has none of them.
+        """
+        changes = {**common, **self.changes} if self.share else self.changes
+        changes = tuple(sorted((key, str(value)) for key, value in changes.items()))
         return Run(changes, max(round(steps * self.share), 1) if self.share else 0)
 
 
@@ -152,9 +158,9 @@ TABLES = (
 )
 
 
-def scored_twice(run: Run, steps: int) -> bool:
+def scored_twice(run: Run, steps: int, common: Mapping[str, object] = NOTHING) -> bool:
     """Whether a table shows a run under its training's pattern too."""
-    return any(row.run(steps) == run for table in TABLES if table.both_patterns for row in table.rows)
+    return any(row.run(steps, common) == run for table in TABLES if table.both_patterns for row in table.rows)
 
 
 def chosen(names: list[str]) -> list[tuple[Table, tuple[Row, ...]]]:

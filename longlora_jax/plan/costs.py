@@ -20,7 +20,7 @@ from longlora_jax.training import run
 log = logging.getLogger(__name__)
 
 SPARE = 0.9  # of a device's memory that an estimate may fill: it is right within a tenth
-FASTEST_FIRST = ("none", "attention", "block", "offload")
+FASTEST_FIRST = ("none", "dots", "attention", "block", "offload")
 
 
 def forward_flops(config: Config) -> dict[str, int]:
@@ -70,7 +70,7 @@ def estimate(config: Config, mesh) -> dict[str, int]:
     unpacked, or with chunks those of an attention or an MLP.
     The constants 3, 8, 11 and 8 are fitted to what the compilers of TPUs and GPUs count (benchmarks/tpu_plans.json,
     tpu_plans_more.json and gpu_plans.json, which this meets within 7% but for a packed base on one TPU); of remat
-    `none` and `attention` one count each was taken. float32 takes twice the activations of bfloat16.
+    `none`, `dots` and `attention` one count each was taken. float32 takes twice the activations of bfloat16.
     """
     c = config.model
     assert c is not None
@@ -83,16 +83,18 @@ def estimate(config: Config, mesh) -> dict[str, int]:
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
     tokens = config.batch_size // config.accumulation * config.seq_len // ways
     tensor, layers, d = mesh.shape["tensor"], c.num_hidden_layers, c.hidden_size
-    heads = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    attended = c.num_attention_heads * c.head_dim
+    heads = attended + 2 * c.num_key_value_heads * c.head_dim
     size = jnp.dtype(config.dtype).itemsize
     kept = {
         "block": layers * d,
         "offload": 8 * d,  # those on their way to the host and back
         "attention": layers * (d + (heads + d) // tensor),
+        "dots": layers * (2 * d + (heads + attended + (_mlp_matrices(c) - 1) * c.intermediate_size) // tensor),
         "none": layers * (12 * d + (2 * heads + 4 * c.intermediate_size) // tensor),
     }
     cut, gpu = mesh.shape["fsdp"] * mesh.shape["context"], platform() == "gpu"
-    attention, mlp = d * (heads + c.num_attention_heads * c.head_dim), _mlp_matrices(c) * d * c.intermediate_size
+    attention, mlp = d * (heads + attended), _mlp_matrices(c) * d * c.intermediate_size
     packed, projection = packed_bytes(config), c.vocab_size * d
     block = size // 2 * tokens * ((8 * c.intermediate_size // tensor + 5 * d) // config.chunks + 6 * d)
     logits = 2 * 4 * min(CHUNK, tokens) * c.vocab_size
@@ -101,7 +103,7 @@ def estimate(config: Config, mesh) -> dict[str, int]:
         for_block = (1 if gpu else 3) * (size if packed is None else packed) * (attention + mlp)
         for_loss = size * projection
         if gpu and packed is None:
-            outputs = d * (c.num_attention_heads * c.head_dim + c.intermediate_size)
+            outputs = d * (attended + c.intermediate_size)
             for_block += size * layers * outputs / cut
     if packed is not None:
         for_block += size * (d * c.intermediate_size if config.chunks == 1 else max(attention, mlp))
@@ -142,7 +144,7 @@ def host_bytes(config: Config, mesh) -> int:
 def choose_remat(config: Config, mesh, limit: float) -> Config:
     """The config with the fastest remat that estimate() puts within SPARE of limit bytes a device, else offload."""
     for remat in FASTEST_FIRST:
-        if remat == "none" and config.chunks > 1 and config.base_quantization != "none":
+        if config.chunks > 1 and (remat == "dots" or (remat == "none" and config.base_quantization != "none")):
             continue  # see config.validate
         chosen = dataclasses.replace(config, remat=remat)
         if estimate(chosen, mesh)["total"] <= SPARE * limit:

@@ -340,15 +340,15 @@ def test_remat_policies_agree_and_save_memory():
     params = random_params(Llama(config, lora=lora))
     batch = random_batch(1, 64)
     memory, results = {}, {}
-    for remat in ("none", "attention", "block"):
+    for remat in ("none", "dots", "attention", "block"):
         model = Llama(config, lora=lora, pattern=Pattern("short", 32), remat=remat)
         loss = functools.partial(loss_sums, model=model, loss_chunk=64)
         step = jax.jit(jax.value_and_grad(lambda p, loss=loss: loss(p, batch)[0]))
         step = step.lower(params).compile()
         memory[remat] = step.memory_analysis().temp_size_in_bytes
         results[remat] = step(params)
-    assert memory["block"] < memory["attention"] < memory["none"]
-    for remat in ("attention", "block"):
+    assert memory["block"] < memory["attention"] < memory["dots"] < memory["none"]
+    for remat in ("dots", "attention", "block"):
         # The same operations fused otherwise: sums of float32 in another order, no more.
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), results[remat], results["none"]

@@ -110,6 +110,18 @@ def test_list_says_the_hours(trained, tmp_path, capsys):
     assert "4.0 hours in all" in shown and len(trained) == 1
 
 
+def test_changes_of_all_rows_make_runs_of_their_own(trained, tmp_path, capsys):
+    """Catches: rows of larger batches that are found in the folders of smaller ones, a base without training that is
+    scored for each; a table that looks for the numbers of other rows."""
+    flags = ["--rows", "parts/lora,steps/0", "--steps", 100, "--workdir", tmp_path]
+    call(capsys, *flags)
+    shown = call(capsys, *flags, "--batch_size", 8, "--dtype", "bfloat16")
+    assert trained == [("mode-lora_100steps", 0), ("batch_size-8_dtype-bfloat16_mode-lora_100steps", 0)]
+    assert re.search(r"\| LoRA +\| +12.00 \| +1 \|", shown)
+    content = json.loads((tmp_path / "paper.json").read_text())
+    assert content["common"] == {"batch_size": 8, "dtype": "bfloat16"} and "longlora_untrained" in content["runs"]
+
+
 def test_a_name_that_is_none_is_one_line():
     """Catches: a typing error after which all rows are trained."""
     with pytest.raises(UserError, match="--rows parts/lara is no table and no row"):
@@ -135,7 +147,7 @@ def test_two_steps_of_a_row(environment, monkeypatch, tmp_path, capsys):
         monkeypatch.setenv(name, value)
     shown = call(capsys, "--rows", "gap/s2,steps/0", "--steps", 2, "--workdir", tmp_path)
     content = json.loads((tmp_path / "paper.json").read_text())
-    (trained,), (untrained,) = content["runs"]["longlora_2steps"], content["runs"]["untrained"]
+    (trained,), (untrained,) = content["runs"]["longlora_2steps"], content["runs"]["longlora_untrained"]
     # Two steps change little, and the patterns differ less than twofold; a lost rope or adapter would not.
     assert trained["perplexity"] == pytest.approx(untrained["perplexity"], rel=0.1)
     assert trained["pattern_perplexity"] != trained["perplexity"]

@@ -1,0 +1,101 @@
+"""Prompts read and tokens written after them, by model and length: one row, a cache of all tokens.
+
+Weights are random. Useful FLOPs of reading: every matrix once a token, and the causal pairs; over the card's dense peak
+in 16 bits. A token after the prompt reads the weights and the whole cache once: bytes_per_second is that, over its
+time.
+"""
+
+import functools
+import statistics
+import time
+from typing import NamedTuple
+
+from benchmarks.gpu.part import Part, jax_device, memory_limit
+
+NEW = 32
+
+
+class Prompt(NamedTuple):
+    """One prompt: sizes.MODELS' name, tokens, and how many of them are computed at once."""
+
+    model: str
+    tokens: int
+    chunk: int = 512
+
+
+PROMPTS = [Prompt(m, t, c) for m in ("smollm2", "7b") for t in (16_384, 98_304) for c in (512, 4096)]
+TINY = [Prompt("tiny", 512, 128)]
+
+
+def filled(model, dtype):
+    """Random weights of a model in dtype, filled leaf by leaf."""
+    import jax
+
+    from longlora_jax.model.decoder import abstract_params
+
+    shapes = abstract_params(model)
+    keys = iter(jax.random.split(jax.random.key(0), 1000))
+
+    def draw(key, shape):
+        return (jax.random.normal(key, shape, dtype) * 0.02).astype(dtype)
+
+    return jax.tree.map(lambda x: jax.jit(draw, static_argnums=1)(next(keys), x.shape), shapes)
+
+
+def main() -> None:
+    """Every prompt that fits the card."""
+    part = Part(__doc__)
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from benchmarks.gpu.sizes import MODELS
+    from longlora_jax.generate.session import Session
+    from longlora_jax.model.decoder import Llama, abstract_params
+    from longlora_jax.plan.generation import reading_flops
+
+    limit, dtype = memory_limit(), "float32" if part.tiny else "bfloat16"
+    part.head = jax_device() | {"dtype": dtype, "limit_gib": limit / 2**30}
+    peak = part.head.get("peak_tflops")
+    held: dict[str, tuple] = {}
+
+    def needed(case: Prompt) -> tuple[int, int]:
+        """Bytes of the weights and of the cache."""
+        c, size = MODELS[case.model], jnp.dtype(dtype).itemsize
+        weights = sum(x.size for x in jax.tree.leaves(abstract_params(Llama(c))))
+        return size * weights, size * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * case.tokens
+
+    def measure(case: Prompt):
+        if case.model not in held:
+            held.clear()
+            model = Llama(MODELS[case.model], dtype=jnp.dtype(dtype))
+            held[case.model] = model, filled(model, jnp.dtype(dtype))
+        model, params = held[case.model]
+        prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, case.tokens)
+        session = Session(model, params, 1, case.tokens + NEW, chunk=case.chunk)
+        began = time.perf_counter()
+        session.compile([case.tokens])
+        found = {"compile_seconds": time.perf_counter() - began}
+        began = time.perf_counter()
+        session.read([prompt])
+        session.wait()
+        seconds = time.perf_counter() - began
+        times = [time.perf_counter()]
+        for _ in session.stream(NEW):
+            times.append(time.perf_counter())
+        token = statistics.median(b - a for a, b in zip(times[1:-1], times[2:], strict=True))
+        flops = reading_flops(model.config, 0, case.tokens)
+        found |= {"seconds": seconds, "tokens_per_second": case.tokens / seconds, "tflops": flops / seconds / 1e12}
+        found |= {"mfu": found["tflops"] / peak} if peak else {}
+        return found | {"token_ms": 1e3 * token, "bytes_per_second": sum(needed(case)) / token}
+
+    for case in TINY if part.tiny else PROMPTS:
+        if limit and sum(needed(case)) > 0.85 * limit:
+            part.run(case._asdict(), lambda: {"skipped": "the card's memory"})
+        else:
+            part.run(case._asdict(), functools.partial(measure, case))
+    part.save()
+
+
+if __name__ == "__main__":
+    main()
