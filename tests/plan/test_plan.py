@@ -18,7 +18,7 @@ from tiny import random_batch, random_params, tiny_config
 from longlora_jax import presets
 from longlora_jax.attention.kernels import compiled_for
 from longlora_jax.attention.patterns import Pattern
-from longlora_jax.config import AttentionConfig, LoraConfig, MeshConfig
+from longlora_jax.config import AttentionConfig, LoraConfig, MeshConfig, validate
 from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
@@ -266,6 +266,10 @@ def test_remat_auto_is_the_fastest_that_fits(by_formula):
     for remat, needed in zip(costs.FASTEST_FIRST, needs, strict=True):
         assert costs.choose_remat(config, mesh, needed / costs.SPARE + 1).remat == remat
     assert costs.choose_remat(config, mesh, 0).remat == "offload"
+    chunked = dataclasses.replace(config, chunks=2)
+    assert costs.choose_remat(chunked, mesh, needs[costs.FASTEST_FIRST.index("dots")] / costs.SPARE + 1).remat != "dots"
+    with pytest.raises(UserError, match="chunks=2 computes a chunk's matrix products again, and remat='dots' would"):
+        validate(dataclasses.replace(chunked, remat="dots"))
     found = planner.plan(dataclasses.replace(config, remat="auto", mesh=MeshConfig(), accumulation=8), "a100-80gb:8")
     assert found["remat"] == "attention" and found["fits"]
 
