@@ -39,7 +39,7 @@ class Reader:
     are. Raises UserError from encode(), for ids outside of the vocabulary.
     """
 
-    def __init__(self, opened: OpenModel, tokenizer: Tokenizer, dtype: str = "float32", *, chunk: int = 512):
+    def __init__(self, opened: OpenModel, tokenizer: Tokenizer, dtype: str = "float32", *, chunk: int | None = None):
         self.window = opened.config.max_position_embeddings
         self.tokenizer, self.chat = tokenizer, opened.chat_format()
         self._vocab_size = opened.config.vocab_size

@@ -3,12 +3,14 @@
 import math
 import os
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from longlora_jax.evals.plots import COLOURS, HIGHLIGHT
 from longlora_jax.paper.tables import NOTHING, Row, Run, Table
@@ -109,8 +111,12 @@ def _panel(axes, table: Table, found) -> None:
     axes.set_ylim(len(found) - 0.4, -0.6)
     if max(means) > 4 * min(means):
         axes.set_xscale("log")
-    axes.margins(x=0.12)
-    axes.set_title(table.title, loc="left", fontsize=10.5, fontweight="bold")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high * (high / low) ** 0.3 if axes.get_xscale() == "log" else high + 0.3 * (high - low))
+    axes.set_title("\n".join(textwrap.wrap(table.title, 64)), loc="left", fontsize=10.5, fontweight="bold")
     axes.grid(axis="x", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

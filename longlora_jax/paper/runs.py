@@ -53,7 +53,7 @@ def make(workdir: Path, run: Run, seed: int, *, twice: bool) -> dict[str, Any]:
         train(folder, run, seed, data=workdir / DATA)
     result = {"run": run.name, "seed": seed, "steps": run.steps, "changes": dict(run.changes)}
     result |= score(folder, run, twice=twice)
-    result |= {"seconds": time.perf_counter() - began, "step_seconds": _step_seconds(folder)}
+    result |= {"seconds": time.perf_counter() - began, **_trained(folder)}
     write_json(str(path), result)
     return result
 
@@ -111,11 +111,12 @@ def held_out(opened: OpenModel) -> list[np.ndarray]:
     return [tokenizer.encode(d.text)[:SCORED] for d in read_documents("python", "", only=HELD_OUT)]
 
 
-def _step_seconds(folder: Path) -> float | None:
-    """The median of a run's measured seconds a step."""
+def _trained(folder: Path) -> dict[str, Any]:
+    """The median of a run's measured seconds a step, and its first three losses, by which it is known again."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return statistics.median(json.loads(line)["perf/step_seconds"] for line in lines) if lines else None
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    seconds = statistics.median(line["perf/step_seconds"] for line in lines) if lines else None
+    return {"step_seconds": seconds, "first_losses": [line["train/loss"] for line in lines[:3]]}
 
 
 def gather(workdir: Path, runs: Sequence[Run], *, steps: int, common: Mapping[str, object]) -> dict[str, Any]:

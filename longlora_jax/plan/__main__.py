@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--chunk",
         type=errors.number(int, 1, 2**20),
         metavar="N",
-        help=f"with --generate: tokens of the prompt computed at once (default: {generation.CHUNK})",
+        help="with --generate: tokens of the prompt computed at once (default: 4096 on GPUs, else 512)",
     )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan")
     args, overrides = parser.parse_known_args(argv)
@@ -119,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--chunk is of reading a prompt: give --generate as well")
     config = read_config(args.config, overrides)
     if args.generate:
-        found = generation.plan_generation(
-            config, args.topology, chunk=args.chunk or generation.CHUNK, longest=args.search
-        )
+        found = generation.plan_generation(config, args.topology, chunk=args.chunk, longest=args.search)
         print(generation.table(found))
         if args.json:
             write_json(args.json, found)

@@ -14,28 +14,31 @@ import jax.numpy as jnp
 from longlora_jax.config import Config, ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.generate.generation import best_mesh
-from longlora_jax.generate.session import as_read, trace_step
+from longlora_jax.generate.session import as_read, default_chunk, trace_step
 from longlora_jax.model.cache import Cache, abstract_cache, cut_of
 from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.model.quantized import is_packed
 from longlora_jax.parallel import sharding
-from longlora_jax.plan.chips import GIB, Topology, find_topology, traced_for
+from longlora_jax.plan.chips import GIB, GPUS, Topology, find_topology, traced_for
 from longlora_jax.plan.planner import compiled_memory, exceeded
 from longlora_jax.training import run
 from longlora_jax.weights.hf_config import load_config
 
-CHUNK = 512  # tokens of a prompt that are read at once, as the command's default
 STEP = 8192  # tokens: the longest prompt is a multiple
 
 
-def plan_generation(config: Config, topology: str, *, chunk: int = CHUNK, longest: bool = False) -> dict[str, Any]:
+def plan_generation(
+    config: Config, topology: str, *, chunk: int | None = None, longest: bool = False
+) -> dict[str, Any]:
     """What a prompt of config.seq_len tokens needs on a topology (see planner.plan), as one JSON-like dict.
 
-    The model, its RoPE scaling, dtype and base_quantization are the config's. chunk: tokens read at once; longest: of
-    the longest prompt that fits instead. Raises UserError, also where not even STEP tokens fit.
+    The model, its RoPE scaling, dtype and base_quantization are the config's. chunk: tokens read at once, None
+    for default_chunk; longest: of the longest prompt that fits instead. Raises UserError, also where not even STEP
+    tokens fit.
     """
     found = find_topology(topology)
+    chunk = chunk or default_chunk("gpu" if found.kind in GPUS else "tpu")
     if not longest:
         return _plan(config, found, topology, chunk, config.seq_len)
     # What a step needs beside weights and cache does not depend on the prompt.

@@ -25,7 +25,7 @@ def trained(monkeypatch):
     def train(folder, run, seed, *, data):
         asked.append((run.name, seed))
         folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text('{"step": 1, "perf/step_seconds": 3.6}\n')
+        (folder / "metrics.jsonl").write_text('{"step": 1, "perf/step_seconds": 3.6, "train/loss": 4.5}\n')
 
     def score(folder, run, *, twice):
         value = 10.0 + len(asked)
@@ -151,6 +151,7 @@ def test_two_steps_of_a_row(environment, monkeypatch, tmp_path, capsys):
     # Two steps change little, and the patterns differ less than twofold; a lost rope or adapter would not.
     assert trained["perplexity"] == pytest.approx(untrained["perplexity"], rel=0.1)
     assert trained["pattern_perplexity"] != trained["perplexity"]
+    assert len(trained["first_losses"]) == 2 and all(loss > 1 for loss in trained["first_losses"])
     assert trained["pattern"] == "s2(G=252)" and trained["tokens"] == 24 * (runs.SEQ_LEN - 1)
     config = read_run_config(str(tmp_path / "runs" / "longlora_2steps_seed0"))
     assert (config.rope.type, config.model.rope_scaling.factor) == ("linear", 4.0)
