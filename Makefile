@@ -21,7 +21,7 @@ lint: .venv/test  ## format, lint and types
 	.venv/bin/pyright --pythonpath $(PY)
 
 bench: .venv/test  ## training against transformers + PEFT; attention by length
-	$(PY) benchmarks/train_step.py --json benchmarks/train_step.json
+	$(PY) -m benchmarks.train_step --json benchmarks/train_step.json
 	$(PY) -m benchmarks.attention --json benchmarks/attention.json
 
 MINUTES ?= 15

@@ -1,6 +1,6 @@
 """Speed and memory of one training step of LongLoRA, beside transformers + PEFT + SDPA doing the same step.
 
-Command:  python benchmarks/train_step.py --json benchmarks/train_step.json   (about 15 minutes on 2 cores)
+Command:  python -m benchmarks.train_step --json benchmarks/train_step.json   (about 15 minutes on 2 cores)
 
 The model: D 512, 8 layers, 8 heads, F 1408, V 32,000, random weights; float32 on a CPU, bfloat16 on a GPU. The step:
 LoRA r=8 on q, k, v, o, the embedding and all norms; forward, backward, gradient clipping, AdamW. Every way of running
@@ -9,9 +9,13 @@ that of the process); all of them take turns, one step each, so that a machine w
 all. The peer has the same group pattern: its heads are cut in two, the second half is shifted and cut in groups (of
 equal length and unmasked but for causality, so SDPA runs its flash path), with gradient checkpointing. Before anything
 is timed, both start from the same weights and must agree on the loss.
+
+Where google-tunix is installed, its step under full attention takes turns too (tunix_peer.py). On a CPU so does a
+product of square matrices: the share of its rate that a step's useful FLOPs reach says how much is left.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -39,6 +43,9 @@ VARIANTS = {  # name: (library, attention, remat)
     "peer s2, checkpointing": ("peer", "s2", "block"),
 }
 PEER = "peer s2, checkpointing"
+TUNIX = {"tunix full, remat block": ("tunix", "full", "block")}
+MATMUL = {"matrix product": ("matmul", "", "")}
+SIDE = 2048  # of its square matrices
 LEARNING_RATE, RANK, ALPHA = 2e-5, 8, 16
 # How far first losses may lie apart: other orders of sums in float32; of logits up to some 4, bfloat16 keeps 1e-2.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
@@ -154,6 +161,49 @@ def peer_step(seq_len: int, attention: str, remat: str, weights: str):
     return run, peak, {"device": torch.cuda.get_device_name() if gpu else "cpu", "dtype": str(dtype).split(".")[1]}
 
 
+def matmul_step(seq_len: int, attention: str, remat: str, weights: str):
+    """One product of square matrices in float32 for a step, as our_step; its loss is 0."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jax.random.normal(jax.random.key(0), (SIDE, SIDE))
+    product = jax.jit(jnp.matmul)
+
+    def run(tokens) -> float:
+        product(x, x).block_until_ready()
+        return 0.0
+
+    return run, process_peak, {"device": jax.devices()[0].device_kind, "dtype": "float32"}
+
+
+def useful_flops(seq_len: int, attention: str) -> int:
+    """FLOPs of a step: frozen matrices twice, causal pairs, nothing twice by remat (plan/costs.py)."""
+    import dataclasses
+
+    from benchmarks.attention import causal_pairs
+    from longlora_jax import presets
+    from longlora_jax.config import AttentionConfig
+    from longlora_jax.plan import costs
+    from longlora_jax.training import run
+
+    model = dataclasses.replace(presets.llama2_7b(), **SIZES, head_dim=SIZES["hidden_size"] // 8)
+    config = presets.longlora(model, init_from="", seq_len=seq_len)
+    pattern = AttentionConfig("full") if attention == "full" else AttentionConfig()
+    config = dataclasses.replace(config, attention=pattern)
+    config = dataclasses.replace(config, model=run.extend_model(model, config))
+    pairs = causal_pairs(run.build_model(config).pattern, seq_len)
+    seen = 4 * pairs * SIZES["hidden_size"] * SIZES["num_hidden_layers"]
+    return costs.step_flops(config, costs.forward_flops(config) | {"attention": seen})
+
+
+def variants() -> dict[str, tuple[str, str, str]]:
+    """VARIANTS, and what else there is to compare with here."""
+    import jax
+
+    found = VARIANTS | (TUNIX if importlib.util.find_spec("tunix") else {})
+    return found | (MATMUL if jax.default_backend() == "cpu" else {})
+
+
 def process_peak() -> int:
     """Bytes of this process at its worst."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -163,8 +213,13 @@ def worker(variant: str, seq_len: int, weights: str) -> None:
     """Takes a step for each line on standard input, and answers with loss, seconds and peak memory."""
     import numpy as np
 
-    library, attention, remat = VARIANTS[variant]
-    run, peak, about = (our_step if library == "ours" else peer_step)(seq_len, attention, remat, weights)
+    library, attention, remat = (VARIANTS | TUNIX | MATMUL)[variant]
+    steps = {"ours": our_step, "peer": peer_step, "matmul": matmul_step}
+    if library == "tunix":
+        from benchmarks.tunix_peer import tunix_step as step
+    else:
+        step = steps[library]
+    run, peak, about = step(seq_len, attention, remat, weights)
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (1, seq_len), dtype=np.int32)
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -201,12 +256,14 @@ class Worker:
 
 def measure(seq_len: int, weights: str, rounds: int) -> list[dict]:
     """Every variant at one length, taking turns; the first step of each compiles and is not timed."""
-    workers = {name: Worker(name, seq_len, weights) for name in VARIANTS}
+    compared = variants()
+    workers = {name: Worker(name, seq_len, weights) for name in compared}
     first = {name: w.step() for name, w in workers.items()}
-    losses = {name: r["loss"] for name, r in first.items() if VARIANTS[name][1] == "s2"}
     # The same weights and tokens: the first loss differs by the rounding of other summation orders alone.
-    if max(losses.values()) - min(losses.values()) > TOLERANCE[first[PEER]["dtype"]]:
-        raise SystemExit(f"the variants do not compute the same loss: {losses}")
+    for pattern in ("s2", "full"):
+        losses = {name: r["loss"] for name, r in first.items() if compared[name][1] == pattern}
+        if max(losses.values()) - min(losses.values()) > TOLERANCE[first[PEER]["dtype"]]:
+            raise SystemExit(f"the variants do not compute the same loss: {losses}")
     times: dict[str, list[float]] = {name: [] for name in workers}
     for turn in range(rounds):
         for name, w in workers.items():
@@ -216,7 +273,15 @@ def measure(seq_len: int, weights: str, rounds: int) -> list[dict]:
             print(f"T={seq_len} round {turn + 1}/{rounds}  {name:<26} {last['seconds']:7.2f} s", flush=True)
     for w in workers.values():
         w.close()
-    peer = times[PEER]
+    peer, rate = times[PEER], None
+    if product := times.pop(next(iter(MATMUL)), None):
+        rate = 2 * SIDE**3 / statistics.median(product)
+        print(f"T={seq_len} matrix product: {rate / 1e9:.0f} GFLOP/s", flush=True)
+
+    def flops(name: str) -> dict[str, float]:
+        each = useful_flops(seq_len, compared[name][1]) / statistics.median(times[name])
+        return {"gflops": each / 1e9} | ({"share_of_matrix_product": each / rate} if rate else {})
+
     return [
         {
             "seq_len": seq_len,
@@ -230,7 +295,8 @@ def measure(seq_len: int, weights: str, rounds: int) -> list[dict]:
             "speed_over_peer": statistics.median(p / s for p, s in zip(peer, times[name], strict=True)),
             "memory_over_peer": first[name]["peak_bytes"] / first[PEER]["peak_bytes"],
         }
-        for name in workers
+        | flops(name)
+        for name in times
     ]
 
 
@@ -259,11 +325,15 @@ def main() -> None:
     if not Path(args.weights, "config.json").is_file():
         make_weights(args.weights)
     results = [r for t in args.seq_len.split(",") for r in measure(int(t), args.weights, args.rounds)]
-    print(f"\n{'T':>6}  {'variant':<26} {'tokens/s':>9} {'peak GiB':>9} {'speed/peer':>11} {'memory/peer':>12}")
+    print(
+        f"\n{'T':>6}  {'variant':<26} {'tokens/s':>9} {'peak GiB':>9} {'speed/peer':>11} {'memory/peer':>12} "
+        f"{'GFLOP/s':>8} {'of products':>12}"
+    )
     for r in results:
         print(
             f"{r['seq_len']:>6}  {r['variant']:<26} {r['tokens_per_second']:>9.0f} {r['peak_bytes'] / 2**30:>9.2f} "
-            f"{r['speed_over_peer']:>11.2f} {r['memory_over_peer']:>12.2f}"
+            f"{r['speed_over_peer']:>11.2f} {r['memory_over_peer']:>12.2f} {r['gflops']:>8.0f} "
+            + (f"{r['share_of_matrix_product']:>12.0%}" if "share_of_matrix_product" in r else "")
         )
     if args.json:
         hardware = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
