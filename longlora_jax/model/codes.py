@@ -150,7 +150,7 @@ def _quantize_scales(absmax: np.ndarray) -> Parts:
     values = values / np.where(largest > 0, largest, np.float32(1))[:, None]
     index = ((values + np.float32(1)) * np.float32(32767.5) + np.float32(0.5)).astype(np.int32)
     codes = np.where(largest[:, None] > 0, _nearest()[index], np.uint8(0)).reshape(-1)[: absmax.size]
-    return {"absmax": codes, "nested_absmax": largest, "nested_map": dynamic_map(), "offset": offset[None]}
+    return {"absmax": codes, "nested_absmax": largest, "nested_map": dynamic_map(), "offset": np.array([offset])}
 
 
 def _quantize_rows(matrix: np.ndarray) -> Parts:
