@@ -17,7 +17,7 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     "fields": (),
     "files": (),
     "progress": (),
-    "attention": ("patterns", "rope", "segments", "kernels", "chunk", "attend", "context_parallel"),
+    "attention": ("patterns", "rope", "segments", "blockwise", "kernels", "chunk", "attend", "context_parallel"),
     "data_config": (),
     "model_config": (),
     "config": (),
