@@ -9,12 +9,18 @@ LongLoRA's groups are local, so a sequence that is cut over the `context` axis n
 - A sliding window W needs the W - 1 tokens of keys and values before its shard, of all heads: from one neighbour, and
   from those before it where W - 1 is more than a shard.
 - Anything else (full attention, a quarter of a group) passes heads round instead: all-to-all, after which every
-  device has whole rows of a few heads.
+  device has whole rows of a few heads. kv heads are copied until the axis divides them.
+- Where the axis does not divide the query heads, all-to-all fills them up with zeros, and computes those as well: nine
+  heads over eight devices are 16. Under full attention keys and values go round instead (ring.py), which wastes no
+  work. It sends more (N heads of queries there and back, and K heads of keys and values once per device, for at most
+  4 N' of all-to-all) while it computes; so it is left to shards of an odd number of tokens, which have no halves, and
+  to packed rows on the GPUs whose kernel for segments has no log-sum-exp, to do without.
 
 All of it runs inside shard_map: what is exchanged is what is written here.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -23,16 +29,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlora_jax.attention.attend import attend, attend_part, attend_short, parts_of, pieces, short_runs
-from longlora_jax.attention.kernels import causal_attention
+from longlora_jax.attention.blockwise import NOBODY, Rules
+from longlora_jax.attention.kernels import causal_attention, packed_on_gpu
+from longlora_jax.attention.partial import Keys, Queries, attend_sets
 from longlora_jax.attention.patterns import ABLATIONS, Pattern
+from longlora_jax.attention.ring import ring_attention
 from longlora_jax.errors import UserError
 
-NOBODY = -(2**31)  # the segment of tokens that are not there
 NOTHING, NEIGHBOUR, TURNS, HEADS = "nothing", "neighbour", "neighbour by turns", "all-to-all over heads"
+RING = "ring of keys and values"
 
 
-def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, context: int) -> str:
-    """What attention exchanges over a context axis of that size: NOTHING, NEIGHBOUR, TURNS or HEADS."""
+def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, context: int, tensor: int = 1) -> str:
+    """What attention exchanges over a context axis of that size: NOTHING, NEIGHBOUR, TURNS, HEADS or RING.
+
+    tensor: the size of the tensor axis, that heads are cut over. Of packed rows on a GPU where packed_on_gpu says so,
+    RING is HEADS.
+    """
     shard, g = seq_len // context, pattern.group_size
     if context == 1 or (pattern.name == "short" and shard % g == 0):
         return NOTHING
@@ -43,7 +56,16 @@ def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, 
     # A cut inside of a kv group leaves two halves of unequal shapes, which cannot take turns.
     if pattern.name == "s2" and 2 * shard == g and num_heads % 2 == 0 and num_kv_heads % 2 == 0:
         return TURNS
-    return HEADS
+    full = pattern.name == "full" or (pattern.name == "window" and g >= seq_len)
+    share = num_heads if num_heads % tensor or num_kv_heads % tensor else num_heads // tensor
+    return RING if full and share % context and shard % 2 == 0 else HEADS
+
+
+def heads_passed(num_heads: int, num_kv_heads: int, context: int) -> tuple[int, int]:
+    """How many query heads and kv heads all-to-all takes round, copies and zeros with them."""
+    if num_heads % context:
+        return (num_heads + -num_heads % context,) * 2
+    return num_heads, math.lcm(num_kv_heads, context)
 
 
 def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=None):
@@ -63,7 +85,9 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
         parts = [(q, k, v)]
     else:
         parts = parts_of(q, k, v, pattern)
-    how = exchange(pattern, q.shape[1], q.shape[2], k.shape[2], context)
+    how = exchange(pattern, q.shape[1], q.shape[2], k.shape[2], context, mesh.shape["tensor"])
+    if how == RING and segment_ids is not None and packed_on_gpu(q, k, pattern.softcap):
+        how = HEADS
     rows = row_axes(q.shape[0], mesh)
     specs = [(P(rows, "context", _head_axis(part, pattern, mesh)),) * 3 for part in parts]
     runs = short_runs(segment_ids, pattern)
@@ -90,7 +114,7 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
             plain, shifted = parts
             return _by_turns(plain, shifted, pattern, segment_ids, context)
         neighbour = _window if pattern.name == "window" else _whole_groups
-        one: Any = {NOTHING: attend_part, NEIGHBOUR: neighbour, HEADS: _by_heads}[how]
+        one: Any = {NOTHING: attend_part, NEIGHBOUR: neighbour, HEADS: _by_heads, RING: _round}[how]
         one = one if how == NOTHING else functools.partial(one, context=context)
         return tuple(one(q, k, v, pattern, i, segment_ids) for i, (q, k, v) in enumerate(parts))
 
@@ -134,22 +158,24 @@ def _window(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
     """A window W that reaches into the shards before: [b, t, n, h] local, the tokens before it are W - 1."""
     t, size = q.shape[1], pattern.group_size - 1
 
-    def join(x):
+    def before(x):  # the nearest first
         hops = range(-(-size // t), 0, -1)
         shares = [_from_the_left(x[:, -min(t, size - (hop - 1) * t) :], context, hop) for hop in hops]
-        return jnp.concatenate([*shares, x], axis=1)
+        return jnp.flip(jnp.concatenate(shares, axis=1), 1)
 
-    # Queries for the keys before as well, so that the kernel sees a square: their results are dropped.
-    q = jnp.pad(q, ((0, 0), (size, 0), (0, 0), (0, 0)))
-    k, v = join(k), join(v)
-    missing = jnp.maximum(size - jax.lax.axis_index("context") * t, 0)  # before the beginning of the row
-    options: Any = {"window": pattern.group_size, "softcap": pattern.softcap}
-    if segment_ids is not None:
-        segments = jnp.where(jnp.arange(size + t)[None] < missing, NOBODY, join(segment_ids))
-        return causal_attention(q, k, v, segments, **options)[:, size:]
-    # What is missing moves behind the shard's own tokens: into their future, where nobody looks.
-    out = causal_attention(*(jnp.roll(x, -missing, axis=1) for x in (q, k, v)), **options)
-    return jax.lax.dynamic_slice_in_dim(out, size - missing, t, axis=1)
+    there = jnp.minimum(jax.lax.axis_index("context") * t, size)  # since the row began
+    own = Keys(k, v, segment_ids)
+    others = Keys(*jax.tree.map(before, own[:3]))
+    # All queries see the nearest keys; of the rest, which are t at most, the first query sees all, the next one less.
+    edge = max(size - t, 0)
+    near, far = jax.tree.map(lambda x: x[:, :edge], others), jax.tree.map(lambda x: x[:, edge:], others)
+    window = pattern.group_size if pattern.group_size < t else 0
+    sets = [(own, Queries(), Rules(window=window))]
+    if edge:
+        sets.append((near._replace(count=jnp.minimum(there, edge)), Queries(), Rules(causal=False)))
+    far = far._replace(count=jnp.maximum(there - edge, 0))
+    sets.append((far, Queries(first=size - edge, turned=True), Rules()))
+    return attend_sets(q, segment_ids, sets, pattern.softcap)
 
 
 def _whole_groups(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
@@ -192,26 +218,15 @@ def _neighbour(k, v, segments, context: int):
 
 def _after(before, q, k, v, segment_ids, softcap: float):
     """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
-    k_before, v_before, segments_before = before
-    s, t = k_before.shape[1], q.shape[1]
-    # Queries for the keys before as well, so that the kernel sees a square: their results are dropped.
-    nobody = jnp.zeros((q.shape[0], s, *q.shape[2:]), q.dtype)
-
-    def join(x, y):
-        return jnp.concatenate([x, y], axis=1)
-
-    if segment_ids is not None:
-        segments = join(segments_before, segment_ids)
-        q, k, v = join(nobody, q), join(k_before, k), join(v_before, v)
-        return causal_attention(q, k, v, segments, softcap=softcap)[:, s:]
-    # What the first shard was given stands behind its own tokens: in their future, where nobody looks.
-    first = jax.lax.axis_index("context") == 0
-
-    def place(x, y):
-        return jnp.where(first, join(y, x), join(x, y))
-
-    out = causal_attention(place(nobody, q), place(k_before, k), place(v_before, v), softcap=softcap)
-    return jnp.where(first, out[:, :t], out[:, s:])
+    if segment_ids is not None and packed_on_gpu(q, k, softcap):
+        # That kernel has no log-sum-exp to join by: queries for the keys before as well, whose results are dropped.
+        s = before[0].shape[1]
+        own = jnp.pad(q, ((0, 0), (s, 0), (0, 0), (0, 0)))
+        keys = [jnp.concatenate(both, axis=1) for both in zip(before, (k, v, segment_ids), strict=True)]
+        return causal_attention(own, *keys, softcap=softcap)[:, s:]
+    count = jnp.where(jax.lax.axis_index("context") == 0, 0, before[0].shape[1])
+    sets = [(Keys(k, v, segment_ids), Queries(), Rules()), (Keys(*before, count), Queries(), Rules(causal=False))]
+    return attend_sets(q, segment_ids, sets, softcap)
 
 
 def _short(q, k, v, runs, pattern: Pattern, others, context: int):
@@ -228,13 +243,22 @@ def _cut(segment_ids, start: int, stop: int):
     return None if segment_ids is None else segment_ids[:, start:stop]
 
 
+def _round(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
+    """Full attention, keys and values passed round."""
+    return ring_attention(q, k, v, segment_ids, softcap=pattern.softcap, context=context)
+
+
 def _by_heads(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
     """Whole rows of a share of the heads: all-to-all there and back."""
     n = q.shape[2]
-    if n % context or k.shape[2] % context:
-        # Each query head brings its own keys and values; what is missing to a share for everyone is zeros.
-        k, v = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -n % context), (0, 0))) for x in (q, k, v))
+    heads, kv_heads = heads_passed(n, k.shape[2], context)
+    # A kv head is copied for every share of the heads that reads it, or, where zeros make the shares even, for every
+    # query head.
+    k, v = (jnp.repeat(x, min(kv_heads, n) // x.shape[2], axis=2) for x in (k, v))
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, wanted - x.shape[2]), (0, 0)))
+        for x, wanted in ((q, heads), (k, kv_heads), (v, kv_heads))
+    )
     swap = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
     q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (q, k, v))
     if segment_ids is not None:

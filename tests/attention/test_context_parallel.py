@@ -10,7 +10,7 @@ from arrays import F32, assert_close, mesh_of, random_qkv, random_segments, run,
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, NOTHING, TURNS, attend_on_mesh, exchange
+from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, NOTHING, RING, TURNS, attend_on_mesh, exchange
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.errors import UserError
 
@@ -33,8 +33,15 @@ CASES = {  # name: (pattern, mesh, (B, T, N, K), what is exchanged)
     "a quarter of a group": (s2(32), {"context": 8}, (1, 64, 4, 2), HEADS),
     "cuts inside groups": (s2(24), {"context": 4}, (1, 64, 4, 4), HEADS),
     "full": (FULL, {"context": 4}, (1, 32, 4, 4), HEADS),
-    "full, fewer heads than shards": (FULL, {"context": 8}, (1, 32, 4, 2), HEADS),
-    "full, odd heads": (FULL, {"context": 2}, (1, 32, 3, 1), HEADS),
+    "full, a kv head for two shards": (FULL, {"context": 4}, (1, 32, 8, 2), HEADS),
+    "full, kv heads that cannot be shared out": (FULL, {"context": 2}, (1, 32, 6, 3), HEADS),
+    "full, fewer heads than shards": (FULL, {"context": 8}, (2, 32, 4, 2), RING),
+    "full, odd heads": (FULL, {"context": 2}, (1, 32, 3, 1), RING),
+    "full, 9 heads": (FULL, {"context": 8}, (1, 48, 9, 3), RING),
+    "full, 9 heads, capped": (Pattern("full", softcap=0.9), {"context": 4}, (1, 40, 9, 3), RING),
+    "full, 5 heads, by an odd number of shards": (FULL, {"context": 3}, (1, 30, 5, 1), RING),
+    "full, too few heads for tensor and context": (FULL, {"context": 4, "tensor": 2}, (1, 32, 4, 2), RING),
+    "full, shards without halves": (FULL, {"context": 4}, (1, 12, 3, 1), HEADS),
     "short": (Pattern("short", 8), {"context": 4}, (1, 32, 4, 2), NOTHING),
     "swap": (Pattern("s2_swap", 8), {"context": 2}, (1, 32, 4, 2), HEADS),
     "wrap": (Pattern("s2_wrap", 8), {"context": 2}, (1, 32, 4, 2), HEADS),
@@ -72,7 +79,7 @@ SLOW += ("full, odd heads", "cuts inside groups")
 def test_a_mesh_attends_as_one_device(name, packed):
     """Catches: a neighbour's half that is another's, a first shard that sees zeros, heads in disorder."""
     pattern, axes, (b, t, n, k), how = CASES[name]
-    assert exchange(pattern, t, n, k, axes.get("context", 1)) == how
+    assert exchange(pattern, t, n, k, axes.get("context", 1), axes.get("tensor", 1)) == how
     mesh = mesh_of(**axes)
     qkv = random_qkv(0, b, t, n, k, 6)
     segments = random_segments(1, b, t) if packed else None
