@@ -55,7 +55,7 @@ def partial_kernel(q_shape, dtype, kv_heads: int, packed: bool, softcap: float =
         if not fault:
             return "cudnn"
     if fault:
-        say_once(f"attention over other devices' keys runs the blockwise XLA kernel: {fault}")
+        say_once(f"attention over keys of several devices runs the blockwise XLA kernel: {fault}")
     return "blockwise"
 
 
