@@ -127,6 +127,20 @@ def test_a_window_sends_the_tokens_before_a_shard(window, shares):
     assert sorted(sent) == sorted(("collective-permute", b * s * k * h * 4) for s in 2 * shares), sent
 
 
+@pytest.mark.parametrize("context, turns", [(2, 1), (4, 2)], ids=["two devices", "four"])
+def test_a_ring_sends_keys_as_they_are(context, turns):
+    """Catches: kv heads that travel once for each query head, zeros for heads, an all-to-all or a row gathered."""
+    b, t, n, k, h = 1, 64, 9, 3, 16
+    place = NamedSharding(mesh := mesh_of(context=context), P(None, "context"))
+    q, key, v, _ = (jax.device_put(x, place) for x in random_qkv(0, b, t, n, k, h))
+    forward = jax.jit(lambda q, k, v: attend_on_mesh(q, k, v, FULL, mesh), out_shardings=place)
+    sent = collectives(forward.lower(q, key, v).compile())
+    shard = b * t // context * h * 4
+    # Halves there and back; keys and values once a turn, of which the loop over all but the last has one in its text.
+    halves = [n * shard // 2] * 4 + [k * shard // 2] * 4
+    assert sorted(sent) == sorted(("collective-permute", size) for size in [*halves, *[k * shard] * 2 * turns]), sent
+
+
 def test_what_cannot_be_cut_is_refused():
     """Catches: an error of shard_map, which knows nothing of seq_len."""
     q, k, v, _ = random_qkv(0, 1, 30, 4, 4, 6)
