@@ -10,7 +10,16 @@ from arrays import F32, assert_close, mesh_of, random_qkv, random_segments, run,
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, NOTHING, RING, TURNS, attend_on_mesh, exchange
+from longlora_jax.attention.context_parallel import (
+    HEADS,
+    NEIGHBOUR,
+    NOTHING,
+    RING,
+    TURNS,
+    attend_on_mesh,
+    exchange,
+    heads_passed,
+)
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.errors import UserError
 
@@ -63,7 +72,8 @@ CASES = {  # name: (pattern, mesh, (B, T, N, K), what is exchanged)
 # Each case once, by turns as one document and packed; the other half is slow, as all are compiled anew. So are these,
 # which go ways that others go: which way is held to HOW by all.
 SLOW = ("one group a shard", "half a group, two shards", "odd heads", "full, fewer heads than shards", "wrap")
-SLOW += ("full, odd heads", "cuts inside groups")
+SLOW += ("full, odd heads", "cuts inside groups", "full, kv heads that cannot be shared out", "full, 9 heads")
+SLOW += ("full, shards without halves",)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +96,27 @@ def test_a_mesh_attends_as_one_device(name, packed):
     ours = run(lambda *x: attend_on_mesh(*x, pattern, mesh, segment_ids=segments), *qkv)
     seen = brute_force.mask(pattern.name, pattern.group_size, heads=n, t=t)[None] & same_segment(segments)
     assert_close(ours, brute_force.attention(*qkv[:3], seen, qkv[3], pattern.softcap), **F32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "axes", "how", "passed"),
+    [
+        ((9, 3), (8, 1), RING, (16, 16)),
+        ((9, 3), (3, 1), HEADS, (9, 3)),
+        ((32, 8), (16, 1), HEADS, (32, 16)),
+        ((32, 8), (16, 4), RING, (16, 16)),  # heads of a tensor share: 8 and 2
+        ((32, 8), (8, 4), HEADS, (8, 8)),
+        ((12, 6), (4, 1), HEADS, (12, 12)),
+    ],
+)
+def test_what_full_attention_exchanges(heads, axes, how, passed):
+    """Catches: zeros passed round for heads, more copies of a kv head than there are devices that read it."""
+    context, tensor = axes
+    assert (
+        exchange(FULL, 4096, *heads, context, tensor) == exchange(Pattern("window", 4096), 4096, *heads, *axes) == how
+    )
+    assert exchange(FULL, 3 * context, *heads, context, tensor) == HEADS
+    assert heads_passed(*(x // tensor for x in heads), context) == passed
 
 
 def collectives(compiled):
