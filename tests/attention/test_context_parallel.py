@@ -10,6 +10,7 @@ from arrays import F32, assert_close, mesh_of, random_qkv, random_segments, run,
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from longlora_jax.attention import blockwise
 from longlora_jax.attention.context_parallel import (
     HEADS,
     NEIGHBOUR,
@@ -20,7 +21,7 @@ from longlora_jax.attention.context_parallel import (
     exchange,
     heads_passed,
 )
-from longlora_jax.attention.patterns import FULL, Pattern
+from longlora_jax.attention.patterns import FULL, Pattern, allowed
 from longlora_jax.errors import UserError
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
@@ -170,6 +171,32 @@ def test_a_ring_sends_keys_as_they_are(context, turns):
     # Halves there and back; keys and values once a turn, of which the loop over all but the last has one in its text.
     halves = [n * shard // 2] * 4 + [k * shard // 2] * 4
     assert sorted(sent) == sorted(("collective-permute", size) for size in [*halves, *[k * shard] * 2 * turns]), sent
+
+
+@pytest.mark.parametrize(
+    "pattern, heads, most",
+    [(FULL, 3, 1.1), (Pattern("window", 513), 1, 1.5), (s2(512), 2, 1.3)],
+    ids=["a ring", "a window of two shards", "half a group"],
+)
+def test_what_is_computed_is_kept(pattern, heads, most, monkeypatch):
+    """Catches: zeros for heads, queries for the keys of a neighbour, hops whose keys all lie ahead. Scores are made for
+    whole blocks: by the row, `most` times those that a query sees."""
+    made = []
+
+    def counted(*args):
+        scores = blocks(*args)
+        jax.debug.callback(lambda: made.append(scores.size))
+        return scores
+
+    blocks = blockwise._scores
+    monkeypatch.setattr(blockwise, "_scores", counted)
+    t = 1024
+    q, k, v, _ = random_qkv(0, 1, t, heads, heads, 2)
+    jax.block_until_ready(jax.jit(lambda *x: attend_on_mesh(*x, pattern, mesh_of(context=4)))(q, k, v))
+    jax.effects_barrier()
+    index = np.arange(t)
+    seen = [allowed(pattern, head, index[:, None], index, num_heads=heads, seq_len=t).sum() for head in range(heads)]
+    assert sum(seen) <= sum(made) <= most * sum(seen), sum(made) / sum(seen)
 
 
 def test_what_cannot_be_cut_is_refused():
