@@ -30,8 +30,8 @@ from jax.sharding import PartitionSpec as P
 
 from longlora_jax.attention.attend import attend, attend_part, attend_short, parts_of, pieces, short_runs
 from longlora_jax.attention.blockwise import NOBODY, Rules
-from longlora_jax.attention.kernels import causal_attention, packed_on_gpu
-from longlora_jax.attention.partial import Keys, Queries, attend_sets
+from longlora_jax.attention.kernels import causal_attention
+from longlora_jax.attention.partial import Keys, Queries, attend_sets, slower_in_sets
 from longlora_jax.attention.patterns import ABLATIONS, Pattern
 from longlora_jax.attention.ring import ring_attention
 from longlora_jax.errors import UserError
@@ -43,8 +43,8 @@ RING = "ring of keys and values"
 def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, context: int, tensor: int = 1) -> str:
     """What attention exchanges over a context axis of that size: NOTHING, NEIGHBOUR, TURNS, HEADS or RING.
 
-    tensor: the size of the tensor axis, that heads are cut over. Of packed rows on a GPU where packed_on_gpu says so,
-    RING is HEADS.
+    tensor: the size of the tensor axis, that heads are cut over. Where slower_in_sets, as packed rows on Hopper, HEADS
+    takes the place of RING.
     """
     shard, g = seq_len // context, pattern.group_size
     if context == 1 or (pattern.name == "short" and shard % g == 0):
@@ -86,7 +86,8 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
     else:
         parts = parts_of(q, k, v, pattern)
     how = exchange(pattern, q.shape[1], q.shape[2], k.shape[2], context, mesh.shape["tensor"])
-    if how == RING and segment_ids is not None and packed_on_gpu(q, k, pattern.softcap):
+    packed = segment_ids is not None
+    if how == RING and slower_in_sets(q.shape, q.dtype, k.shape[2], packed, pattern.softcap):
         how = HEADS
     rows = row_axes(q.shape[0], mesh)
     specs = [(P(rows, "context", _head_axis(part, pattern, mesh)),) * 3 for part in parts]
@@ -218,15 +219,34 @@ def _neighbour(k, v, segments, context: int):
 
 def _after(before, q, k, v, segment_ids, softcap: float):
     """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
-    if segment_ids is not None and packed_on_gpu(q, k, softcap):
-        # That kernel has no log-sum-exp to join by: queries for the keys before as well, whose results are dropped.
-        s = before[0].shape[1]
-        own = jnp.pad(q, ((0, 0), (s, 0), (0, 0), (0, 0)))
-        keys = [jnp.concatenate(both, axis=1) for both in zip(before, (k, v, segment_ids), strict=True)]
-        return causal_attention(own, *keys, softcap=softcap)[:, s:]
+    if slower_in_sets(q.shape, q.dtype, k.shape[2], segment_ids is not None, softcap):
+        return _squared(before, q, k, v, segment_ids, softcap)
     count = jnp.where(jax.lax.axis_index("context") == 0, 0, before[0].shape[1])
     sets = [(Keys(k, v, segment_ids), Queries(), Rules()), (Keys(*before, count), Queries(), Rules(causal=False))]
     return attend_sets(q, segment_ids, sets, softcap)
+
+
+def _squared(before, q, k, v, segment_ids, softcap: float):
+    """_after by a kernel of whole rows: queries for the keys before as well, whose results are dropped."""
+    k_before, v_before, segments_before = before
+    s, t = k_before.shape[1], q.shape[1]
+    nobody = jnp.zeros((q.shape[0], s, *q.shape[2:]), q.dtype)
+
+    def join(x, y):
+        return jnp.concatenate([x, y], axis=1)
+
+    if segment_ids is not None:
+        segments = join(segments_before, segment_ids)
+        q, k, v = join(nobody, q), join(k_before, k), join(v_before, v)
+        return causal_attention(q, k, v, segments, softcap=softcap)[:, s:]
+    # What the first shard was given stands behind its own tokens: in their future, where nobody looks.
+    first = jax.lax.axis_index("context") == 0
+
+    def place(x, y):
+        return jnp.where(first, join(y, x), join(x, y))
+
+    out = causal_attention(place(nobody, q), place(k_before, k), place(v_before, v), softcap=softcap)
+    return jnp.where(first, out[:, :t], out[:, s:])
 
 
 def _short(q, k, v, runs, pattern: Pattern, others, context: int):

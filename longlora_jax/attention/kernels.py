@@ -95,12 +95,6 @@ def gpu_fault(
     return segments_fault(q_shape, window, capability) if segments else ""
 
 
-def packed_on_gpu(q, k, softcap: float) -> bool:
-    """Whether causal_attention computes packed rows of q [Z, T, N, H] and k [Z, T, K, H] by cuDNN: on Hopper."""
-    options = {"softcap": softcap, "capability": device_capability()}
-    return platform() == "gpu" and not gpu_fault(q.shape, q.dtype, k.shape[2], True, **options)
-
-
 def device_capability() -> str | None:
     """The compute capability of the GPU that is traced for: "" if it is not NVIDIA's, None if there is none."""
     return _target.get()[1] or _capability_here()

@@ -19,7 +19,7 @@ from longlora_jax.attention.blockwise import MASKED, NOBODY, Rules, blockwise_gr
 from longlora_jax.attention.kernels import causal_mask, device_capability, gpu_fault, platform, say_once
 from longlora_jax.attention.segments import jax_fault
 
-_SPLASH_BACKWARD = (  # its parameters in JAX 0.10.2
+_SPLASH_BACKWARD = (  # its parameters in JAX 0.10.2 and 0.11.2
     *("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function"),
     *("attn_logits_soft_cap", "interpret", "res", "do"),
 )
@@ -45,18 +45,36 @@ class Queries(NamedTuple):
 
 
 def partial_kernel(q_shape, dtype, kv_heads: int, packed: bool, softcap: float = 0.0) -> str:
-    """Which kernel computes a set of keys for q [Z, T, N, H]: splash, cudnn or blockwise, and the log says why."""
-    fault = ""
-    if platform() == "tpu" and not (fault := splash_fault()):
-        return "splash"
-    if platform() == "gpu":
-        fault = gpu_fault(q_shape, dtype, kv_heads, False, softcap=softcap, capability=device_capability())
-        fault = fault or ("rows are packed" if packed else jax_fault(jax.__version_info__))
-        if not fault:
-            return "cudnn"
+    """Which kernel computes a set of keys for q [Z, T, N, H]: splash, cudnn or blockwise. The log says why the last."""
+    kernel, fault = _choice(q_shape, dtype, kv_heads, packed, softcap)
     if fault:
         say_once(f"attention over keys of several devices runs the blockwise XLA kernel: {fault}")
-    return "blockwise"
+    return kernel
+
+
+def _choice(q_shape, dtype, kv_heads: int, packed: bool, softcap: float) -> tuple[str, str]:
+    """partial_kernel, and why it is not the platform's own."""
+    fault = ""
+    if platform() == "tpu" and not (fault := splash_fault()):
+        return "splash", ""
+    if platform() == "gpu":
+        fault = gpu_fault(q_shape, dtype, kv_heads, False, softcap=softcap, capability=device_capability())
+        fault = fault or ("rows are packed" if packed else "")
+        if not fault and jax_fault(jax.__version_info__):
+            fault = f"cuDNN's backward pass is not public in JAX, and that of {jax.__version__} is not known"
+        if not fault:
+            return "cudnn", ""
+    return "blockwise", fault
+
+
+def slower_in_sets(q_shape, dtype, kv_heads: int, packed: bool, softcap: float = 0.0) -> bool:
+    """Whether causal_attention has a fast kernel here and a set of keys has none.
+
+    So it is of packed rows on Hopper GPUs, whose kernel gives no log-sum-exp, and where this JAX is not known.
+    """
+    options = {"softcap": softcap, "capability": device_capability()}
+    fast = platform() == "tpu" or (platform() == "gpu" and not gpu_fault(q_shape, dtype, kv_heads, packed, **options))
+    return fast and _choice(q_shape, dtype, kv_heads, packed, softcap)[0] == "blockwise"
 
 
 def splash_fault() -> str:
@@ -64,7 +82,8 @@ def splash_fault() -> str:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
     backward = getattr(splash_attention_kernel, "_splash_attention_bwd", None)
-    if backward is not None and tuple(inspect.signature(backward).parameters) == _SPLASH_BACKWARD:
+    known = (0, 10, 2) <= jax.__version_info__ < (0, 12)
+    if known and backward is not None and tuple(inspect.signature(backward).parameters) == _SPLASH_BACKWARD:
         return ""
     return f"splash's backward pass is not public, and that of JAX {jax.__version__} is not known"
 

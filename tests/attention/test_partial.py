@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import F32, assert_close, run
+from arrays import F32, assert_close, mesh_of, run
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
 from longlora_jax.attention import kernels, partial
 from longlora_jax.attention.blockwise import Rules
+from longlora_jax.attention.context_parallel import attend_on_mesh
 from longlora_jax.attention.kernels import compiled_for
-from longlora_jax.attention.partial import Keys, Queries, attend_sets, partial_kernel
+from longlora_jax.attention.partial import Keys, Queries, attend_sets, partial_kernel, slower_in_sets
+from longlora_jax.attention.patterns import FULL
 
+needs_8 = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
 BF16 = "bfloat16"
 
 
@@ -112,6 +115,32 @@ def test_who_computes_a_set(caplog):
     ]
 
 
+@needs_8
+def test_packed_rows_keep_their_kernel_on_hopper(monkeypatch):
+    """Catches: a ring or a neighbour's keys by blocks of XLA's, seven times slower there than cuDNN's segments."""
+    shape = (1, 512, 3, 128)
+    for capability, packed, dtype, slower in (
+        ("9.0", True, BF16, True),
+        ("9.0", False, BF16, False),
+        ("8.0", True, BF16, False),  # neither has a fast one
+        ("9.0", True, "float32", False),
+    ):
+        with compiled_for("gpu", capability):
+            assert slower_in_sets(shape, dtype, 1, packed) == slower
+    monkeypatch.setattr(jax_cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(jax_cudnn, "check_compute_capability", lambda wanted: float(wanted) <= 9.0)
+    arrays = [jax.ShapeDtypeStruct((1, 512, heads, 64), BF16) for heads in (3, 1, 1)]
+    for packed in (False, True):
+        segment_ids = jnp.zeros((1, 512), jnp.int32) if packed else None
+        with compiled_for("gpu", "9.0"):
+            text = str(
+                jax.make_jaxpr(lambda *x, s=segment_ids: attend_on_mesh(*x, FULL, mesh_of(context=2), segment_ids=s))(
+                    *arrays
+                )
+            )
+        assert ("all_to_all" in text, "ppermute" in text) == (packed, not packed)
+
+
 def test_another_jax_is_not_trusted(monkeypatch):
     """Catches: a function of JAX's, not public, that is called with arguments in another order."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
@@ -121,6 +150,7 @@ def test_another_jax_is_not_trusted(monkeypatch):
     assert "not public" in partial.splash_fault()
     with compiled_for("tpu"):
         assert partial_kernel((1, 512, 8, 128), BF16, 2, False) == "blockwise"
+        assert slower_in_sets((1, 512, 8, 128), BF16, 2, False)
 
 
 def test_what_cudnn_is_asked_for(monkeypatch):
