@@ -10,11 +10,11 @@ LongLoRA's groups are local, so a sequence that is cut over the `context` axis n
   from those before it where W - 1 is more than a shard.
 - Anything else (full attention, a quarter of a group) passes heads round instead: all-to-all, after which every
   device has whole rows of a few heads. kv heads are copied until the axis divides them.
-- Where the axis does not divide the query heads, all-to-all fills them up with zeros, and computes those as well: nine
-  heads over eight devices are 16. Under full attention keys and values go round instead (ring.py), which wastes no
-  work. It sends more (N heads of queries there and back, and K heads of keys and values once per device, for at most
-  4 N' of all-to-all) while it computes; so it is left to shards of an odd number of tokens, which have no halves, and
-  to packed rows on the GPUs whose kernel for segments has no log-sum-exp, to do without.
+- Where the axis does not divide the query heads, all-to-all would fill them up with zeros, and compute those as well:
+  nine heads over eight devices are 16. There, under full attention, keys and values go round instead (ring.py). A ring
+  sends more, 2 K heads for each other device beside all-to-all's 2 N + 2 K, which is why it is not taken elsewhere. Two
+  keep all-to-all: shards of an odd number of tokens, which have no halves, and rows whose fast kernel computes no sets
+  of keys (partial.slower_in_sets).
 
 All of it runs inside shard_map: what is exchanged is what is written here.
 """
