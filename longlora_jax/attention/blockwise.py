@@ -105,7 +105,8 @@ def _cut(q, k, v, segments_q, segments_k, rules: Rules, block: int | None):
     if segments_k is not None:
         segments_q = _padded(segments_q, side_q).reshape(-1, count_q, side_q).swapaxes(0, 1)
         segments_k = _padded(segments_k, side_k, NOBODY).reshape(-1, count_k, side_k).swapaxes(0, 1)
-    return _fold(q, count_q, kv_heads), *(_fold(x, count_k, kv_heads) for x in (k, v)), segments_q, segments_k
+    q, k, v = _fold(q, count_q, kv_heads), _fold(k, count_k, kv_heads), _fold(v, count_k, kv_heads)
+    return q, k, v, segments_q, segments_k
 
 
 def _reach(window: int, block: int) -> tuple[int, int]:
@@ -192,7 +193,8 @@ def _vjp_forward(q, k, v, segments_q, segments_k, rules: Rules):
 
 
 def _vjp_backward(rules: Rules, residuals, d_out):
-    return *_backward(*residuals, d_out, rules), None, None
+    q, k, v, segments_q, segments_k, out, log_total = residuals
+    return *_backward(q, k, v, segments_q, segments_k, out, log_total, d_out, rules), None, None
 
 
 def _backward(q, k, v, segments_q, segments_k, out, log_total, d_out, rules: Rules):

@@ -64,7 +64,8 @@ def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, 
 def heads_passed(num_heads: int, num_kv_heads: int, context: int) -> tuple[int, int]:
     """How many query heads and kv heads all-to-all takes round, copies and zeros with them."""
     if num_heads % context:
-        return (num_heads + -num_heads % context,) * 2
+        filled = num_heads + -num_heads % context
+        return filled, filled
     return num_heads, math.lcm(num_kv_heads, context)
 
 
@@ -217,12 +218,14 @@ def _neighbour(k, v, segments, context: int):
     return k, v, segments
 
 
-def _after(before, q, k, v, segment_ids, softcap: float):
+def _after(before, q, k, v, segment_ids, softcap: float) -> Any:
     """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
     if slower_in_sets(q.shape, q.dtype, k.shape[2], segment_ids is not None, softcap):
         return _squared(before, q, k, v, segment_ids, softcap)
-    count = jnp.where(jax.lax.axis_index("context") == 0, 0, before[0].shape[1])
-    sets = [(Keys(k, v, segment_ids), Queries(), Rules()), (Keys(*before, count), Queries(), Rules(causal=False))]
+    k_before, v_before, segments_before = before
+    count = jnp.where(jax.lax.axis_index("context") == 0, 0, k_before.shape[1])
+    others = Keys(k_before, v_before, segments_before, count)
+    sets = [(Keys(k, v, segment_ids), Queries(), Rules()), (others, Queries(), Rules(causal=False))]
     return attend_sets(q, segment_ids, sets, softcap)
 
 

@@ -186,6 +186,7 @@ def _marked(q, segments, keys: Keys):
         segments, theirs = jnp.zeros(q.shape[:2], jnp.int32), jnp.zeros(keys.k.shape[:2], jnp.int32)
     else:
         theirs = keys.segments
+        assert theirs is not None
     theirs = jnp.where(jnp.arange(keys.k.shape[1])[None] < keys.count, theirs, NOBODY)
     return segments, keys._replace(segments=theirs, count=None)
 
@@ -201,7 +202,7 @@ def _splash(q, k, v, segments_q, segments_k, rules: Rules, interpret: bool):
         most = max(rules.window, 512) if rules.window else tokens
         return next((b for b in (1024, 512, 256) if min(tokens, most) >= b and -tokens % b <= tokens // 16), 128)
 
-    def pad(x, tokens=t, fill=0):
+    def pad(x, tokens=t, fill=0.0):
         pads = (0, 0), (0, -tokens % side(tokens)), (0, 0), (0, -h % 128 if x.shape[-1] == h else 0)
         return jnp.pad(x, pads, constant_values=fill).swapaxes(1, 2)
 
@@ -281,7 +282,7 @@ def _cudnn_given(q, keys: Keys, rules: Rules):
     return q, k, v, lengths, options
 
 
-def _even(x, axis: int = 1, fill=0):
+def _even(x, axis: int = 1, fill: float = 0.0):
     """An odd number of tokens and one more: see kernels.cudnn_attention."""
     pads = [(0, x.shape[i] % 2 if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, pads, constant_values=fill)
