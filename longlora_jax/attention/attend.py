@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlora_jax.attention.kernels import MASKED, blockwise_attention, causal_attention, say_once
+from longlora_jax.attention.blockwise import MASKED, blockwise_attention
+from longlora_jax.attention.kernels import causal_attention, say_once
 from longlora_jax.attention.patterns import ABLATIONS, ALIKE, GROUPED, Pattern, allowed, plain_heads
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longlora_jax.attention.kernels import MASKED, causal_mask, device_capability, gpu_fault, platform, say_once
+from longlora_jax.attention.blockwise import MASKED
+from longlora_jax.attention.kernels import causal_mask, device_capability, gpu_fault, platform, say_once
 
 LEAST = 128  # queries: a kernel's block; of fewer, the scores are small enough to be made
 

@@ -9,12 +9,18 @@ LongLoRA's groups are local, so a sequence that is cut over the `context` axis n
 - A sliding window W needs the W - 1 tokens of keys and values before its shard, of all heads: from one neighbour, and
   from those before it where W - 1 is more than a shard.
 - Anything else (full attention, a quarter of a group) passes heads round instead: all-to-all, after which every
-  device has whole rows of a few heads.
+  device has whole rows of a few heads. kv heads are copied until the axis divides them.
+- Where the axis does not divide the query heads, all-to-all would fill them up with zeros, and compute those as well:
+  nine heads over eight devices are 16. There, under full attention, keys and values go round instead (ring.py). A ring
+  sends more, 2 K heads for each other device beside all-to-all's 2 N + 2 K, which is why it is not taken elsewhere. Two
+  keep all-to-all: shards of an odd number of tokens, which have no halves, and rows whose fast kernel computes no sets
+  of keys (partial.slower_in_sets).
 
 All of it runs inside shard_map: what is exchanged is what is written here.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -23,16 +29,23 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlora_jax.attention.attend import attend, attend_part, attend_short, parts_of, pieces, short_runs
+from longlora_jax.attention.blockwise import NOBODY, Rules
 from longlora_jax.attention.kernels import causal_attention
+from longlora_jax.attention.partial import Keys, Queries, attend_sets, slower_in_sets
 from longlora_jax.attention.patterns import ABLATIONS, Pattern
+from longlora_jax.attention.ring import ring_attention
 from longlora_jax.errors import UserError
 
-NOBODY = -(2**31)  # the segment of tokens that are not there
 NOTHING, NEIGHBOUR, TURNS, HEADS = "nothing", "neighbour", "neighbour by turns", "all-to-all over heads"
+RING = "ring of keys and values"
 
 
-def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, context: int) -> str:
-    """What attention exchanges over a context axis of that size: NOTHING, NEIGHBOUR, TURNS or HEADS."""
+def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, context: int, tensor: int = 1) -> str:
+    """What attention exchanges over a context axis of that size: NOTHING, NEIGHBOUR, TURNS, HEADS or RING.
+
+    tensor: the size of the tensor axis, that heads are cut over. Where slower_in_sets, as packed rows on Hopper, HEADS
+    takes the place of RING.
+    """
     shard, g = seq_len // context, pattern.group_size
     if context == 1 or (pattern.name == "short" and shard % g == 0):
         return NOTHING
@@ -43,7 +56,17 @@ def exchange(pattern: Pattern, seq_len: int, num_heads: int, num_kv_heads: int, 
     # A cut inside of a kv group leaves two halves of unequal shapes, which cannot take turns.
     if pattern.name == "s2" and 2 * shard == g and num_heads % 2 == 0 and num_kv_heads % 2 == 0:
         return TURNS
-    return HEADS
+    full = pattern.name == "full" or (pattern.name == "window" and g >= seq_len)
+    share = num_heads if num_heads % tensor or num_kv_heads % tensor else num_heads // tensor
+    return RING if full and share % context and shard % 2 == 0 else HEADS
+
+
+def heads_passed(num_heads: int, num_kv_heads: int, context: int) -> tuple[int, int]:
+    """How many query heads and kv heads all-to-all takes round, copies and zeros with them."""
+    if num_heads % context:
+        filled = num_heads + -num_heads % context
+        return filled, filled
+    return num_heads, math.lcm(num_kv_heads, context)
 
 
 def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=None):
@@ -63,7 +86,10 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
         parts = [(q, k, v)]
     else:
         parts = parts_of(q, k, v, pattern)
-    how = exchange(pattern, q.shape[1], q.shape[2], k.shape[2], context)
+    how = exchange(pattern, q.shape[1], q.shape[2], k.shape[2], context, mesh.shape["tensor"])
+    packed = segment_ids is not None
+    if how == RING and slower_in_sets(q.shape, q.dtype, k.shape[2], packed, pattern.softcap):
+        how = HEADS
     rows = row_axes(q.shape[0], mesh)
     specs = [(P(rows, "context", _head_axis(part, pattern, mesh)),) * 3 for part in parts]
     runs = short_runs(segment_ids, pattern)
@@ -90,7 +116,7 @@ def attend_on_mesh(q, k, v, pattern: Pattern, mesh: Mesh | None, *, segment_ids=
             plain, shifted = parts
             return _by_turns(plain, shifted, pattern, segment_ids, context)
         neighbour = _window if pattern.name == "window" else _whole_groups
-        one: Any = {NOTHING: attend_part, NEIGHBOUR: neighbour, HEADS: _by_heads}[how]
+        one: Any = {NOTHING: attend_part, NEIGHBOUR: neighbour, HEADS: _by_heads, RING: _round}[how]
         one = one if how == NOTHING else functools.partial(one, context=context)
         return tuple(one(q, k, v, pattern, i, segment_ids) for i, (q, k, v) in enumerate(parts))
 
@@ -134,22 +160,24 @@ def _window(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
     """A window W that reaches into the shards before: [b, t, n, h] local, the tokens before it are W - 1."""
     t, size = q.shape[1], pattern.group_size - 1
 
-    def join(x):
+    def before(x):  # the nearest first
         hops = range(-(-size // t), 0, -1)
         shares = [_from_the_left(x[:, -min(t, size - (hop - 1) * t) :], context, hop) for hop in hops]
-        return jnp.concatenate([*shares, x], axis=1)
+        return jnp.flip(jnp.concatenate(shares, axis=1), 1)
 
-    # Queries for the keys before as well, so that the kernel sees a square: their results are dropped.
-    q = jnp.pad(q, ((0, 0), (size, 0), (0, 0), (0, 0)))
-    k, v = join(k), join(v)
-    missing = jnp.maximum(size - jax.lax.axis_index("context") * t, 0)  # before the beginning of the row
-    options: Any = {"window": pattern.group_size, "softcap": pattern.softcap}
-    if segment_ids is not None:
-        segments = jnp.where(jnp.arange(size + t)[None] < missing, NOBODY, join(segment_ids))
-        return causal_attention(q, k, v, segments, **options)[:, size:]
-    # What is missing moves behind the shard's own tokens: into their future, where nobody looks.
-    out = causal_attention(*(jnp.roll(x, -missing, axis=1) for x in (q, k, v)), **options)
-    return jax.lax.dynamic_slice_in_dim(out, size - missing, t, axis=1)
+    there = jnp.minimum(jax.lax.axis_index("context") * t, size)  # since the row began
+    own = Keys(k, v, segment_ids)
+    others = Keys(*jax.tree.map(before, own[:3]))
+    # All queries see the nearest keys; of the rest, which are t at most, the first query sees all, the next one less.
+    edge = max(size - t, 0)
+    near, far = jax.tree.map(lambda x: x[:, :edge], others), jax.tree.map(lambda x: x[:, edge:], others)
+    window = pattern.group_size if pattern.group_size < t else 0
+    sets = [(own, Queries(), Rules(window=window))]
+    if edge:
+        sets.append((near._replace(count=jnp.minimum(there, edge)), Queries(), Rules(causal=False)))
+    far = far._replace(count=jnp.maximum(there - edge, 0))
+    sets.append((far, Queries(first=size - edge, turned=True), Rules()))
+    return attend_sets(q, segment_ids, sets, pattern.softcap)
 
 
 def _whole_groups(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
@@ -190,11 +218,21 @@ def _neighbour(k, v, segments, context: int):
     return k, v, segments
 
 
-def _after(before, q, k, v, segment_ids, softcap: float):
+def _after(before, q, k, v, segment_ids, softcap: float) -> Any:
     """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
+    if slower_in_sets(q.shape, q.dtype, k.shape[2], segment_ids is not None, softcap):
+        return _squared(before, q, k, v, segment_ids, softcap)
+    k_before, v_before, segments_before = before
+    count = jnp.where(jax.lax.axis_index("context") == 0, 0, k_before.shape[1])
+    others = Keys(k_before, v_before, segments_before, count)
+    sets = [(Keys(k, v, segment_ids), Queries(), Rules()), (others, Queries(), Rules(causal=False))]
+    return attend_sets(q, segment_ids, sets, softcap)
+
+
+def _squared(before, q, k, v, segment_ids, softcap: float):
+    """_after by a kernel of whole rows: queries for the keys before as well, whose results are dropped."""
     k_before, v_before, segments_before = before
     s, t = k_before.shape[1], q.shape[1]
-    # Queries for the keys before as well, so that the kernel sees a square: their results are dropped.
     nobody = jnp.zeros((q.shape[0], s, *q.shape[2:]), q.dtype)
 
     def join(x, y):
@@ -228,13 +266,22 @@ def _cut(segment_ids, start: int, stop: int):
     return None if segment_ids is None else segment_ids[:, start:stop]
 
 
+def _round(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
+    """Full attention, keys and values passed round."""
+    return ring_attention(q, k, v, segment_ids, softcap=pattern.softcap, context=context)
+
+
 def _by_heads(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
     """Whole rows of a share of the heads: all-to-all there and back."""
     n = q.shape[2]
-    if n % context or k.shape[2] % context:
-        # Each query head brings its own keys and values; what is missing to a share for everyone is zeros.
-        k, v = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -n % context), (0, 0))) for x in (q, k, v))
+    heads, kv_heads = heads_passed(n, k.shape[2], context)
+    # A kv head is copied for every share of the heads that reads it, or, where zeros make the shares even, for every
+    # query head.
+    k, v = (jnp.repeat(x, min(kv_heads, n) // x.shape[2], axis=2) for x in (k, v))
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, wanted - x.shape[2]), (0, 0)))
+        for x, wanted in ((q, heads), (k, kv_heads), (v, kv_heads))
+    )
     swap = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
     q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (q, k, v))
     if segment_ids is not None:

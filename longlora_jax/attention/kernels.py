@@ -2,10 +2,7 @@
 
 No kernel knows about groups or shifts: attend.py cuts a pattern into pieces that are causal inside, and
 every piece comes here as rows of a batch. TPUs run JAX's splash attention, NVIDIA's GPUs cuDNN's flash attention where
-it can (gpu_fault says where not; segments.py has its packed rows). The XLA kernel below runs on any device: it is the
-tiling of FlashAttention-2 (arXiv:2307.08691) written with jax.numpy: blocks of scores are made, used and dropped,
-blocks above the diagonal or before the window are never visited, and the backward pass recomputes scores from the saved
-log-sum-exp of each row.
+it can (gpu_fault says where not; segments.py has its packed rows), and any device the blocks of blockwise.py.
 """
 
 import contextlib
@@ -19,13 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 
+from longlora_jax.attention.blockwise import blockwise_attention
 from longlora_jax.attention.segments import segmented_attention, segments_fault
-
-# Finite: a block without any visible key then gives weights and not NaN. They are dropped by the diagonal block,
-# which comes last and where every query sees at least itself.
-MASKED = -1e30
 
 log = logging.getLogger(__name__)
 
@@ -204,150 +197,3 @@ def splash_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: flo
     q = q * jnp.asarray(1 / math.sqrt(h), q.dtype)
     out: Any = jax.vmap(kernel)(q, k, v, segments) if segments is not None else jax.vmap(kernel)(q, k, v)
     return out.swapaxes(1, 2)[:, :t, :, :h]
-
-
-def blockwise_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: float = 0.0, block: int | None = None):
-    """causal_attention in jax.numpy, for any device.
-
-    block: side of a block of scores in tokens; no array is larger than Z * N * T * max(H, block).
-    """
-    z, t, n, h = q.shape
-    kv_heads = k.shape[2]
-    rep = n // kv_heads
-    assert rep * kv_heads == n, (n, kv_heads)
-    # An eighth of what is seen wastes little at its edges; the bounds suit a CPU's cache and its loop overhead.
-    block = min(t, block or min(max(min(t, window or t) // 8, 64), 512))
-    blocks = -(-t // block)
-    pad = blocks * block - t
-    if pad:  # padded keys lie in the future of every real query
-        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-        if segment_ids is not None:
-            segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    # Blocks first, so that a loop step reads contiguous memory; the queries that share a kv head are rows.
-    q = q.reshape(z, blocks, block, kv_heads, rep, h).transpose(1, 0, 3, 4, 2, 5)
-    q = q.reshape(blocks, z, kv_heads, rep * block, h)
-    k, v = (x.reshape(z, blocks, block, kv_heads, h).transpose(1, 0, 3, 2, 4) for x in (k, v))
-    if segment_ids is not None:
-        segment_ids = segment_ids.reshape(z, blocks, block).transpose(1, 0, 2)
-    out: Any = _blocks(q, k, v, segment_ids, window, softcap)
-    out = out.reshape(blocks, z, kv_heads, rep, block, h).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(z, blocks * block, n, h)[:, :t]
-
-
-def _reach(window: int, block: int) -> tuple[int, int]:
-    """How many of the blocks before its own a block of queries sees in a window: (wholly, at all)."""
-    return max(window // block - 1, 0), (window + block - 2) // block
-
-
-def _scores(q, k, segments_q, segments_k, window: int, softcap: float, back=None):
-    """Scaled, capped scores [Z, K, rep * b, b] in float32 of a block of queries against a block of keys.
-
-    back: how many blocks the keys lie before the queries, None where all of them may be seen.
-    """
-    scores = jnp.einsum("zkqh,zksh->zkqs", q, k, preferred_element_type=jnp.float32)
-    scores *= 1.0 / math.sqrt(q.shape[-1])
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    block = k.shape[-2]
-    rep = q.shape[-2] // block
-    allowed = None
-    if back is not None:
-        distance = np.arange(rep * block)[:, None] % block - np.arange(block) + back * block
-        allowed = ((distance >= 0) & (distance < window) if window else distance >= 0)[None, None]
-    if segments_q is not None:
-        same = segments_q[:, :, None] == segments_k[:, None, :]
-        same = jnp.tile(same, (1, rep, 1))[:, None]
-        allowed = same if allowed is None else same & allowed
-    return scores if allowed is None else jnp.where(allowed, scores, MASKED)
-
-
-def _at(x, i) -> Any:  # None only for None: callers know
-    return None if x is None else jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _blocks(q, k, v, segment_ids, window: int, softcap: float) -> jax.Array:
-    """q: [n, Z, K, rep * b, H]; k, v: [n, Z, K, b, H]; segment_ids: [n, Z, b] or None. Returns q's shape."""
-    return _forward(q, k, v, segment_ids, window, softcap)[0]
-
-
-def _forward(q, k, v, segment_ids, window: int, softcap: float):
-    def query_block(i):
-        q_i, seg_i = _at(q, i), _at(segment_ids, i)
-
-        def key_block(j, carry, back=None):
-            acc, top, total = carry
-            scores = _scores(q_i, _at(k, j), seg_i, _at(segment_ids, j), window, softcap, back)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.exp(scores - new_top[..., None])
-            decay = jnp.exp(top - new_top)
-            acc = acc * decay[..., None] + jnp.einsum(
-                "zkqs,zksh->zkqh",
-                weights.astype(v.dtype),
-                _at(v, j),
-                preferred_element_type=jnp.float32,
-            )
-            return acc, new_top, total * decay + weights.sum(-1)
-
-        rows = q_i.shape[:-1]
-        start = (
-            jnp.zeros(q_i.shape, jnp.float32),
-            jnp.full(rows, MASKED, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-        )
-        whole = 0
-        if window:
-            whole, touched = (jnp.maximum(i - blocks, 0) for blocks in _reach(window, k.shape[-2]))
-            start = jax.lax.fori_loop(touched, whole, lambda j, carry: key_block(j, carry, i - j), start)
-        acc, top, total = key_block(i, jax.lax.fori_loop(whole, i, key_block, start), back=0)
-        return (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
-
-    return jax.lax.map(query_block, jnp.arange(q.shape[0]))
-
-
-def _vjp_forward(q, k, v, segment_ids, window: int, softcap: float):
-    # Named for the remat policy that keeps them (model.REMAT): then the backward pass starts without this forward.
-    out, log_total = (checkpoint_name(x, "attention") for x in _forward(q, k, v, segment_ids, window, softcap))
-    return out, (q, k, v, segment_ids, out, log_total)
-
-
-def _vjp_backward(window: int, softcap: float, residuals, d_out):
-    q, k, v, segment_ids, out, log_total = residuals
-    n = q.shape[0]
-    scale = 1.0 / math.sqrt(q.shape[-1])
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
-
-    def key_block(d_q, j):
-        k_j, v_j, seg_j = _at(k, j), _at(v, j), _at(segment_ids, j)
-
-        def query_block(i, carry, back=None):
-            d_q, d_k, d_v = carry
-            q_i, d_out_i = _at(q, i), _at(d_out, i)
-            scores = _scores(q_i, k_j, _at(segment_ids, i), seg_j, window, softcap, back)
-            weights = jnp.exp(scores - _at(log_total, i)[..., None])
-            f32 = {"preferred_element_type": jnp.float32}
-            d_v += jnp.einsum("zkqs,zkqh->zksh", weights.astype(q.dtype), d_out_i, **f32)
-            d_weights = jnp.einsum("zkqh,zksh->zkqs", d_out_i, v_j, **f32)
-            d_scores = weights * (d_weights - _at(delta, i)[..., None]) * scale
-            if softcap:  # those that a mask hides have no weight, and their square no room in float32
-                d_scores *= 1 - jnp.square(jnp.maximum(scores, -softcap) / softcap)
-            d_scores = d_scores.astype(q.dtype)
-            d_k += jnp.einsum("zkqs,zkqh->zksh", d_scores, q_i, **f32)
-            d_q = d_q.at[i].add(jnp.einsum("zkqs,zksh->zkqh", d_scores, k_j, **f32))
-            return d_q, d_k, d_v
-
-        start = (d_q, jnp.zeros(k_j.shape, jnp.float32), jnp.zeros(v_j.shape, jnp.float32))
-        whole = n
-        if window:
-            whole, touched = (jnp.minimum(j + 1 + blocks, n) for blocks in _reach(window, k.shape[-2]))
-        carry = jax.lax.fori_loop(j + 1, whole, query_block, query_block(j, start, back=0))
-        if window:
-            carry = jax.lax.fori_loop(whole, touched, lambda i, carry: query_block(i, carry, i - j), carry)
-        d_q, d_k, d_v = carry
-        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
-
-    d_q, (d_k, d_v) = jax.lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(n))
-    return d_q.astype(q.dtype), d_k, d_v, None
-
-
-_blocks.defvjp(_vjp_forward, _vjp_backward)

@@ -26,6 +26,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from longlora_jax.attention.blockwise import MASKED
 from longlora_jax.attention.chunk import (
     add_block,
     attend_piece,
@@ -38,7 +39,7 @@ from longlora_jax.attention.chunk import (
     nothing,
 )
 from longlora_jax.attention.context_parallel import row_axes
-from longlora_jax.attention.kernels import MASKED, platform
+from longlora_jax.attention.kernels import platform
 from longlora_jax.attention.rope import apply_rope
 from longlora_jax.errors import UserError
 from longlora_jax.model.layers import frequencies_of, tables_of

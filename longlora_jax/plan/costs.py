@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, TURNS, exchange
+from longlora_jax.attention.context_parallel import HEADS, NEIGHBOUR, RING, TURNS, exchange, heads_passed
 from longlora_jax.attention.kernels import platform
 from longlora_jax.config import Config
 from longlora_jax.model.codes import Quantization
@@ -177,7 +177,8 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
     gradients back; attention exchanges what context_parallel says, forward, again for the backward pass, and as
     gradients; the other trainables' gradients are summed. A tensor axis sums eight arrays of activations a layer (o,
     down; o again; the gradients of q, k, v, gate and up) and two of embeddings; heads that XLA moves about over it are
-    not counted, nor tokens and norms. In chunks, neighbours are asked once more: a chunk's attention is computed again.
+    not counted, nor tokens and norms. The gradients that go round a ring are float32. In chunks, neighbours are asked
+    once more: a chunk's attention is computed again.
     """
     c = config.model
     assert c is not None
@@ -202,19 +203,25 @@ def sent(config: Config, mesh) -> list[dict[str, Any]]:
         axes = tuple(axis for axis in axes if shape[axis] > 1)
         return {"op": op, "axis": "+".join(axes), "bytes": int(elements * bytes_each)} if axes and elements else None
 
+    context = shape["context"]
     found = [
         row("all-gather", ("fsdp", "context"), config.accumulation * (kernels + size * (lm_head + tied)), 1),
         row("all-to-all", ("fsdp", "context"), 2 * tokens * d),
         row("all-reduce", ("data", "fsdp", "context"), config.accumulation * (trained + tied), 4),
         row("all-reduce", ("tensor",), (8 * layers + 2) * tokens * d),
     ]
-    permuted = swapped = 0
+    permuted = swapped = travelled = 0
     for one, count in zip(patterns_of(c, pattern), map(c.windows.count, windows_of(c)), strict=True):
-        how = exchange(one, config.seq_len, c.num_attention_heads, c.num_key_value_heads, shape["context"])
+        how = exchange(one, config.seq_len, c.num_attention_heads, c.num_key_value_heads, context, tensor)
         if how in (NEIGHBOUR, TURNS):  # keys and values; of groups, half a group of the shifted half of the heads
             tokens_sent = one.group_size - 1 if one.name == "window" else one.group_size / 4
             permuted += (6 if config.chunks == 1 else 8) * count * rows * tokens_sent * kv_heads
         if how == HEADS:
-            swapped += 3 * count * tokens * (2 * heads + 2 * kv_heads)
-    found += [row("collective-permute", ("context",), permuted), row("all-to-all", ("context",), swapped)]
+            swapped += 3 * count * tokens * 2 * h * sum(heads_passed(heads // h, kv_heads // h, context))
+        if how == RING:  # tokens are dealt and gathered; keys and values go round, and their gradients come home
+            passed = 2 * heads + 2 * kv_heads + (context - 1) * 2 * kv_heads
+            permuted += (3 if config.chunks == 1 else 4) * count * tokens * passed
+            travelled += count * tokens * 4 * context * 2 * kv_heads
+    permutes = size * permuted + travelled
+    found += [row("collective-permute", ("context",), permutes, 1), row("all-to-all", ("context",), swapped)]
     return sorted(filter(None, found), key=lambda row: -row["bytes"])

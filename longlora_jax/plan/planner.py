@@ -89,6 +89,7 @@ def _plan(config: Config, topology: str, found: Topology, mfu: float) -> dict[st
             model.config.num_attention_heads,
             model.config.num_key_value_heads,
             mesh.shape["context"],
+            mesh.shape["tensor"],
         ),
         "fits": fits,
         "memory_by": "compiler" if by_compiler else "formula",

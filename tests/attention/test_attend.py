@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from longlora_jax.attention import attend as attend_module
-from longlora_jax.attention import kernels
+from longlora_jax.attention import blockwise
 from longlora_jax.attention.attend import attend
 from longlora_jax.attention.kernels import blockwise_attention, compiled_for, kernel_name, splash_attention
 from longlora_jax.attention.patterns import FULL, GROUPED, PATTERNS, Pattern
@@ -229,14 +229,14 @@ def test_pieces_hold_the_allowed_pairs_and_no_more(name, t, g, n):
 def test_kernel_visits_what_is_seen_and_masks_its_edges(window, blocks, masked, backward):
     """Scores computed only to be masked: twice the work of causal attention, far more than that of a window."""
     visited = []
-    kernel_scores = kernels._scores
+    kernel_scores = blockwise._scores
 
     def scores(*args):
         jax.debug.callback(visited.append, args[-1] is not None)  # whether the block is masked
         return kernel_scores(*args)
 
     qkv = random_qkv(0, 1, 40, 2, 1, 4)
-    with mock.patch.object(kernels, "_scores", scores):
+    with mock.patch.object(blockwise, "_scores", scores):
         if backward:
             run(lambda *qkv: blockwise_attention(*qkv, window=window, block=8), *qkv)
         else:

@@ -17,7 +17,7 @@ from arrays import assert_close, mesh_of, random_qkv, run, same_segment
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from tiny import random_batch, random_params, tiny_config
 
-from longlora_jax.attention import kernels, segments
+from longlora_jax.attention import kernels, partial, segments
 from longlora_jax.attention.attend import attend
 from longlora_jax.attention.context_parallel import attend_on_mesh
 from longlora_jax.attention.kernels import compiled_for, gpu_fault
@@ -56,7 +56,8 @@ def stands_in(monkeypatch):
         asked.append(q.shape[1])
         return segment_kernel.forward(q, *rest)
 
-    monkeypatch.setattr(kernels, "gpu_fault", lambda *_, **__: "")
+    for module in (kernels, partial):
+        monkeypatch.setattr(module, "gpu_fault", lambda *_, **__: "")
     monkeypatch.setattr(segments, "SHORT", 10)
     monkeypatch.setattr(segments, "forward", forward)
     monkeypatch.setattr(segments, "backward", segment_kernel.backward)

@@ -182,13 +182,18 @@ def test_the_estimate_is_within_7_percent_of_the_compilers(row):
 
 @needs_8
 @pytest.mark.parametrize(
-    "axes, pattern, accumulation",
-    [pytest.param((4, 2, 1), "s2", 1, marks=pytest.mark.slow), ((1, 8, 1), "s2", 2), ((2, 2, 2), "full", 1)],
+    "axes, pattern, accumulation, heads",
+    [
+        pytest.param((4, 2, 1), "s2", 1, 8, marks=pytest.mark.slow),
+        ((1, 8, 1), "s2", 2, 8),
+        ((2, 2, 2), "full", 1, 8),
+        ((1, 8, 1), "full", 1, 4),  # a ring
+    ],
 )
-def test_what_is_sent_by_formula_is_what_the_compiler_sends(axes, pattern, accumulation):
+def test_what_is_sent_by_formula_is_what_the_compiler_sends(axes, pattern, accumulation, heads):
     """Catches: a pass that is forgotten, a share taken for the whole, an update's parts counted as one."""
     sizes = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 512, "num_hidden_layers": 3}
-    model = tiny_config(head_dim=16, num_attention_heads=8, num_key_value_heads=4, **sizes)
+    model = tiny_config(head_dim=16, num_attention_heads=heads, num_key_value_heads=heads // 2, **sizes)
     config = dataclasses.replace(
         presets.longlora(model, init_from="x", seq_len=512),
         batch_size=8,
