@@ -2,8 +2,8 @@
 
 Command:   as in configs/smollm2_135m_16k.py, with --config configs/smollm2_135m_32k.py
 Hardware:  any GPU or TPU chip with 16 GB.
-Expected:  perplexity of novels at 32,768 is 25.50, where the base has 26.12 at its own 8,192 and untrained YaRN 31.73 at
-           32,768 (docs/measured.md).
+Expected:  perplexity of novels at 32,768 is 25.50, where the base has 26.12 at its own 8,192 and untrained YaRN 31.73
+           at 32,768 (docs/measured.md).
 """
 
 from configs import smollm2_135m_16k
