@@ -62,11 +62,13 @@ def loss_and_gradients(model: Llama, params, batch):
 # Each case once; the other half is slow, as all are compiled anew.
 PACKED = ("s2", "heads that do not divide", "groups over context", "full over context")
 SLOW = (
+    "s2",
     "s2, four heads a chunk",
     "an ablation",
     "groups over context",
     "half a group over context",
     "full",
+    "full over context",
 )  # others have what these have
 
 
