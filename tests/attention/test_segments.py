@@ -111,7 +111,8 @@ def test_every_document_has_one_slot(monkeypatch, seed):
         (Pattern("s2", 37), 6, 1),  # the cut of the heads is inside of the kv group
         pytest.param(Pattern("s2", 45, full_below=15), 2, 2, marks=pytest.mark.slow),
         pytest.param(Pattern("s2_swap", 45), 2, 2, marks=pytest.mark.slow),
-        (Pattern("s2_wrap", 200), 2, 2),  # one group, in which the roll cuts a document in two
+        # One group, in which the roll cuts a document in two.
+        pytest.param(Pattern("s2_wrap", 200), 2, 2, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -68,7 +68,7 @@ def test_resumed_batches_are_those_of_an_uninterrupted_run(num, batch_size, seed
             np.testing.assert_array_equal(expected[name], restored[name])
 
 
-@pytest.mark.parametrize("stop", range(7))
+@pytest.mark.parametrize("stop", [pytest.param(x, marks=() if x in (0, 3, 6) else pytest.mark.slow) for x in range(7)])
 @pytest.mark.parametrize("hosts", [(1, 2), (2, 4), (4, 1), (2, 2)])
 def test_killed_and_resumed_on_other_hosts(stop, hosts):
     """Catches: rows read twice or never after a kill, when other hosts take up the run.

@@ -287,6 +287,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_itself(place):
     """Catches: what only a process of its own shows: its exit code, and all that it prints."""
     hostile = base("bin") | {BIN: payloads(str(place.root / "canary"))["system, protocol 2"]}
