@@ -1,6 +1,14 @@
 # Set-up and the main jobs. Each target makes .venv from the pinned requirements if that is missing.
 PYTHON ?= python3
 PY = .venv/bin/python
+# Asked for another Python than that of .venv, make sets .venv up anew: its pins are others (requirements.txt).
+ifneq ($(origin PYTHON),file)
+ifneq ($(shell $(PYTHON) -V),$(shell $(PY) -V 2>/dev/null))
+.PHONY: .venv/run
+endif
+endif
+# Tests start many processes: each would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Large pages make XLA's buffers on a CPU a third cheaper to touch; glibc alone reads this, elsewhere it does nothing.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 

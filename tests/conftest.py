@@ -20,6 +20,8 @@ if importlib.metadata.version("jaxlib") < "0.11":
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# bitsandbytes would have its formulas compiled by a C++ compiler first, in each worker; they are the same without.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of torch and numpy wait for each other by spinning
 
 import hypothesis

@@ -109,9 +109,10 @@ def test_every_document_has_one_slot(monkeypatch, seed):
     [
         (FULL, 4, 2),
         (Pattern("s2", 37), 6, 1),  # the cut of the heads is inside of the kv group
-        (Pattern("s2", 45, full_below=15), 2, 2),
+        pytest.param(Pattern("s2", 45, full_below=15), 2, 2, marks=pytest.mark.slow),
         pytest.param(Pattern("s2_swap", 45), 2, 2, marks=pytest.mark.slow),
-        (Pattern("s2_wrap", 200), 2, 2),  # one group, in which the roll cuts a document in two
+        # One group, in which the roll cuts a document in two.
+        pytest.param(Pattern("s2_wrap", 200), 2, 2, marks=pytest.mark.slow),
     ],
     ids=str,
 )

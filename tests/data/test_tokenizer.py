@@ -68,12 +68,16 @@ def test_tiny_tokenizer_equals_transformers_and_loses_nothing(held_out):
     assert 3.6 < sum(len(text.encode()) for text in texts) / tokens < 4.0
 
 
+@pytest.fixture(scope="module")
+def tiny():
+    return data.load_tokenizer(TINY)
+
+
 @settings(deadline=None, max_examples=100)
-@given(st.text())
-def test_tiny_tokenizer_round_trip(text):
+@given(text=st.text())
+def test_tiny_tokenizer_round_trip(tiny, text):
     """Catches a split pattern that leaves out a kind of character."""
-    tokenizer = data.load_tokenizer(TINY)
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tiny.decode(tiny.encode(text)) == text
 
 
 def test_real_tokenizer_equals_transformers(tmp_path, held_out):

@@ -142,7 +142,9 @@ def test_the_contract_counts_by_hand():
     assert plan_windows([10, 3, 8], 4, stride=4, offset=0, max_windows=3) == [(0, 0, 3), (0, 4, 3), (2, 0, 3)]
 
 
-@pytest.mark.parametrize(("stride", "offset", "limit"), [(None, 0, None), (5, 3, 6), (70, 0, None)])
+@pytest.mark.parametrize(
+    ("stride", "offset", "limit"), [pytest.param(None, 0, None, marks=pytest.mark.slow), (5, 3, 6), (70, 0, None)]
+)
 def test_lengths_are_compared_on_the_same_targets(folder, model, documents, stride, offset, limit):
     """Catches: windows that begin together instead of ending together, a target scored twice, one document fewer for
     the long windows than for the short ones."""

@@ -63,7 +63,10 @@ def transformers_tokens(folder, prompts, new=NEW) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+QUICK = ("gqa", "dynamic")  # the others' rotations are compared in tests/attention/test_rope.py
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in CONFIGS])
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     """Catches: a position off by one, a row that sees its padding or its neighbour, a chunk that sees its own future,
     rotations by another length than transformers'."""
@@ -96,7 +99,7 @@ def test_adapters_apart_merged_and_exported_say_the_same(tmp_path):
     [
         ((1, 2, 1, 4), 4, (2, 1)),
         pytest.param((2, 2, 2, 1), 4, (2, 1), marks=pytest.mark.slow),
-        ((2, 2, 2, 1), 1, (1, 1)),
+        pytest.param((2, 2, 2, 1), 1, (1, 1), marks=pytest.mark.slow),
         ((1, 1, 4, 2), 1, (1, 2)),
     ],
     ids=str,

@@ -68,8 +68,8 @@ WINDOWED = {"sliding_window": 11, "layer_types": ("sliding_attention", "full_att
     [
         ((2, 2, 1, 2), 2, 2, WINDOWED, ("fsdp",)),
         ((1, 1, 4, 2), 1, 2, {}, ("context",)),
-        ((2, 2, 1, 2), 1, 4, {}, ("data",)),
-        ((1, 3, 1, 1), 1, 2, WINDOWED, ("fsdp",)),
+        pytest.param((2, 2, 1, 2), 1, 4, {}, ("data",), marks=pytest.mark.slow),
+        pytest.param((1, 3, 1, 1), 1, 2, WINDOWED, ("fsdp",), marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -119,7 +119,11 @@ def plain_piece(q, k, v, counts=None, *, softcap=0.0):
 
 
 @needs_8
-@pytest.mark.parametrize(("axes", "options"), [(None, WINDOWED), ((1, 4, 1, 2), {}), ((2, 2, 1, 2), WINDOWED)], ids=str)
+@pytest.mark.parametrize(
+    ("axes", "options"),
+    [pytest.param(None, WINDOWED, marks=pytest.mark.slow), ((1, 4, 1, 2), {}), ((2, 2, 1, 2), WINDOWED)],
+    ids=str,
+)
 def test_the_kernels_path_gives_what_blocks_give(axes, options, monkeypatch):
     """Catches: a chunk counted on every device, a past that ends at the wrong slot of a share, a window that a kernel
     does not see, rows of other lengths; decode steps beside chunks."""

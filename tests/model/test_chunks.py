@@ -62,11 +62,13 @@ def loss_and_gradients(model: Llama, params, batch):
 # Each case once; the other half is slow, as all are compiled anew.
 PACKED = ("s2", "heads that do not divide", "groups over context", "full over context")
 SLOW = (
+    "s2",
     "s2, four heads a chunk",
     "an ablation",
     "groups over context",
     "half a group over context",
     "full",
+    "full over context",
 )  # others have what these have
 
 
@@ -100,6 +102,7 @@ def test_chunks_change_nothing(name, packed):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max(), err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_chunks_hold_less():
     """Catches: chunks whose activations are all kept for the backward pass."""
     config = tiny_config(num_attention_heads=8, num_key_value_heads=8, hidden_size=64, intermediate_size=256)
@@ -113,6 +116,7 @@ def test_chunks_hold_less():
     assert temporaries(4) < 0.6 * temporaries(1)
 
 
+@pytest.mark.slow
 def test_features_stay_cut_over_a_tensor_axis():
     """Catches: every device of a tensor axis computing the whole MLP of a chunk."""
     config = tiny_config(vocab_size=40, num_attention_heads=8, num_key_value_heads=8, intermediate_size=232)

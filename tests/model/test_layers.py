@@ -112,8 +112,9 @@ WAYS = {  # (mesh, chunks, remat)
 }
 
 
-# Where what a model has meets what cuts it; the other pairs are slow, as all are compiled anew.
-MEET = {("windows", "context"), ("post norms", "tensor"), ("parallel residual", "chunks")}
+# Where what a model has meets what cuts it; the other pairs are slow, as all are compiled anew (windows over context
+# are in tests/attention/test_window.py).
+MEET = {("post norms", "tensor"), ("parallel residual", "chunks")}
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ TOKENS = np.random.default_rng(0).integers(0, 19, (2, 9))
 F32 = {"rtol": 1e-5, "atol": 1e-5}
 # The same program without the optimizations that take most of the time of so small a model.
 QUICK = {
-    "xla_cpu_use_fusion_emitters": False,
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }

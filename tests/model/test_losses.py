@@ -18,7 +18,7 @@ from longlora_jax.model.losses import cross_entropy, token_nll
 F32 = {"rtol": 1e-5, "atol": 1e-5}
 D, V = 8, 37
 # The same program without the optimizations that take most of the time of so small an example.
-QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0}
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def example_batch(seed, *shape, d=D, v=V):

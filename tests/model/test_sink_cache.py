@@ -152,6 +152,7 @@ def endless(tokens: int, chunk: int) -> None:
     assert session.lengths[0] == len(history) - 1
 
 
+@pytest.mark.slow
 def test_a_few_hundred_tokens_take_the_memory_of_a_few():
     """Catches: a cache that grows, angles that lose their precision with the distance from the start."""
     endless(300, chunk=32)

@@ -19,7 +19,7 @@ from longlora_jax.training.optim import make_optimizer
 LORA = LoraConfig(rank=2, targets=(*ATTENTION_TARGETS, *MLP_TARGETS))
 
 # The same program without the optimizations that take most of the time of so small a tree.
-QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_backend_optimization_level": 0}
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def tiny(**changes):

@@ -59,7 +59,7 @@ def alone():
 @pytest.mark.parametrize(
     "axes, accumulation",
     [
-        ((1, 2, 1, 4), 1),
+        pytest.param((1, 2, 1, 4), 1, marks=pytest.mark.slow),
         pytest.param((2, 2, 1, 2), 2, marks=pytest.mark.slow),
         pytest.param((1, 1, 8, 1), 1, marks=pytest.mark.slow),
         pytest.param((1, 1, 2, 1), 1, marks=pytest.mark.slow),
@@ -171,6 +171,7 @@ def test_a_folder_lands_on_the_mesh_as_it_is(axes, tied, tmp_path):
     assert jax.tree.map(lambda x: jnp.dtype(x.dtype), placed) == dtypes
 
 
+@pytest.mark.slow
 def test_two_hosts_read_half_a_model_each(tmp_path):
     """Catches: every host reading everything, though its shards are columns of what lies in rows; wrong shards."""
     config = tiny_config(

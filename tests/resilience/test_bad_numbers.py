@@ -43,7 +43,7 @@ def one_step_later(state):
     return state.replace(step=state.step + 1, opt_state=(clip, (adam, decay, schedule)))
 
 
-@pytest.mark.parametrize("value, accumulation", [(np.inf, 1), (np.nan, 2)], ids=str)
+@pytest.mark.parametrize("value, accumulation", [pytest.param(np.inf, 1, marks=pytest.mark.slow), (np.nan, 2)], ids=str)
 def test_a_bad_batch_changes_nothing_but_the_count(value, accumulation):
     """Catches: NaN in weights or moments, a bad part that accumulation hides, a schedule that falls a step behind, a
     bias correction that counts an update that was none, a later step that differs."""

@@ -23,8 +23,7 @@ PARAMETERS = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192,
 
 # One of every structure: LLaMA's other sizes, windows and modes lower as these do.
 LOWERED = {
-    *("tiny_base", "quickstart", "70b_32k", "sft_tiny", "smollm2_135m_32k", "gemma3_4b_256k", "qwen25_7b_128k"),
-    *("qwen3_8b_128k", "mistral_7b_64k", "pythia_1b_16k", "7b_32k_nf4"),
+    *("tiny_base", "70b_32k", "sft_tiny", "gemma3_4b_256k", "pythia_1b_16k", "7b_32k_nf4"),
 }
 
 

@@ -27,6 +27,7 @@ def config(home, tmp_path):
     return dataclasses.replace(config, attention=attention, mesh=MeshConfig(fsdp=1))  # one step to compile
 
 
+@pytest.mark.slow
 def test_new_tokens_are_trained_and_exported(train, script, monkeypatch, home, config, tmp_path):
     """Catches: a token in pieces, a row that is not there or not trained, an export whose tokenizer does not know it,
     a resumed run that adds it twice."""

@@ -30,7 +30,7 @@ LENGTH = 512
 
 def extend(workdir, *flags, base=BASE):
     """Runs configs/quickstart.py with so many flags on little data, under one pattern: one step to compile."""
-    little = ("data.max_tokens=9000", "attention.full_last=0.0", f"init_from={base}")
+    little = ("batch_size=1", "data.max_tokens=9000", "attention.full_last=0.0", f"init_from={base}")
     flags = [f"--config.{flag}" for flag in (*flags, *little)]
     train_here(read_config(str(ROOT / "configs" / "quickstart.py"), flags), workdir.parent, workdir)
 

@@ -65,6 +65,7 @@ def test_smollm2_is_bit_identical_to_transformers_own_route(wheel, smollm2, tmp_
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
 
 
+@pytest.mark.slow
 def test_smollm2_has_the_config_of_transformers_own_route(wheel, smollm2):
     """Catches: a size, a head count or an angle that is read from another key."""
     config = smollm2[0]

@@ -29,7 +29,7 @@ def packed_base(home, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("where", ["unquantized", "quantized"])
+@pytest.mark.parametrize("where", ["unquantized", pytest.param("quantized", marks=pytest.mark.slow)])
 def test_what_a_run_over_four_bits_gives_away(home, packed_base, train, script, monkeypatch, tmp_path, capsys, where):
     """Catches: adapters merged into a base that nobody published; a card that is silent on four bits; a run that says
     of its base what it did not do; a second start that is refused."""
@@ -65,6 +65,7 @@ def test_what_a_run_over_four_bits_gives_away(home, packed_base, train, script, 
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
 
 
+@pytest.mark.slow
 def test_perplexity_in_four_bits(home, tmp_path):
     """Catches: --quantize that changes nothing, or everything; a folder in four bits that another path reads."""
     found = {}

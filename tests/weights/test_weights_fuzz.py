@@ -257,12 +257,13 @@ def test_a_link_to_an_empty_folder_is_filled(place):
     assert sorted(os.listdir()) == ["hf", "out", "there"]
 
 
-def test_what_a_stop_left_is_mended_or_refused(place):
+@pytest.mark.parametrize("files", [10, pytest.param(30, marks=pytest.mark.slow)])
+def test_what_a_stop_left_is_mended_or_refused(files, place):
     """Catches: a conversion that can never be ended, or that takes over what was damaged."""
     rng, done = random.Random("resumed"), 0
     left = {name: content for name, content in _converted().items() if name != "digests.json"}
     aside = place.root / ".out.incomplete"
-    for name in rng.sample(sorted(left), 30):
+    for name in rng.sample(sorted(left), files):
         content = left[name]
         for other in (b"", content[: len(content) // 2], flipped(content, rng), content + b"\0", None):
             for path in (place.source, place.out, aside):
@@ -277,7 +278,7 @@ def test_what_a_stop_left_is_mended_or_refused(place):
             done += 1
             assert same(open_converted("out")[1], arrays()), (name, other)
             assert place.refused("to-hf", snapshot(place.out)) is None and not aside.exists()
-    assert done > 100
+    assert done > 3 * files
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
@@ -286,6 +287,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_command_itself(place):
     """Catches: what only a process of its own shows: its exit code, and all that it prints."""
     hostile = base("bin") | {BIN: payloads(str(place.root / "canary"))["system, protocol 2"]}
