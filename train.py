@@ -21,6 +21,7 @@ from ml_collections import config_flags
 from longlora_jax.attention.kernels import kernel_name
 from longlora_jax.attention.patterns import FULL
 from longlora_jax.config import Config
+from longlora_jax.config_file import without_bytecode
 from longlora_jax.data import Batches, in_order, show
 from longlora_jax.data.new_tokens import load_with_tokens
 from longlora_jax.errors import UserError, in_plain_words
@@ -258,9 +259,10 @@ def main(argv) -> None:
 def parse_flags(argv) -> list[str]:
     """absl's parser, with its faults in one line and exit code 2."""
     try:
-        rest = flags.FLAGS(argv)
-        if _CONFIG.value is not None:
-            _ = _CONFIG.value.seq_len  # a file that could not be read says so here
+        with without_bytecode():
+            rest = flags.FLAGS(argv)
+            if _CONFIG.value is not None:
+                _ = _CONFIG.value.seq_len  # a file that could not be read says so here
         return rest
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         fault = " ".join(str(error.args[0] if error.args else error).split())

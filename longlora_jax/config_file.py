@@ -1,12 +1,28 @@
 """The config file of a run, read as train.py reads it: for commands that are not train.py."""
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from longlora_jax.config import Config
 from longlora_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def without_bytecode() -> Iterator[None]:
+    """Within it Python keeps no bytecode of what is imported.
+
+    Of a config file that was written twice in a second, with another number of the same length, Python would take the
+    bytecode of the first for that of the second: it compares times in seconds, and sizes.
+    """
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -17,9 +33,10 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     values, words = flags.FlagValues(), ["", f"--config={path}", *overrides]
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=words)
     try:
-        values(words)
-        config = values["config"].value
-        _ = getattr(config, "seq_len", None)  # a file that could not be read says so here
+        with without_bytecode():
+            values(words)
+            config = values["config"].value
+            _ = getattr(config, "seq_len", None)  # a file that could not be read says so here
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
         fault = " ".join(str(error.args[0] if error.args else error).split())
         raise UserError(fault.split("earlier failure to load: ")[-1]) from error

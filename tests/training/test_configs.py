@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from longlora_jax.config import Config, from_dict, validate
+from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
 from longlora_jax.model.decoder import abstract_params
 from longlora_jax.model.trainable import count
@@ -106,3 +109,23 @@ def test_a_saved_config_of_another_form_is_refused():
         from_dict(Config, {"seq_len": 8, "steps": 1, "data": []})
     with pytest.raises(UserError, match="Config has no field seqlen"):
         from_dict(Config, {"seqlen": 8})
+
+
+@pytest.mark.parametrize("by", ["train.py", "commands"])
+def test_a_file_that_was_changed_within_a_second_is_read_anew(by, script, tmp_path, monkeypatch):
+    """Catches: Python's bytecode of the file as it was before, which has the same size and time."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "run.py"
+    for seed in (1, 2):
+        path.write_text(
+            "from longlora_jax.config import Config\n\n\ndef get_config():\n"
+            f"    return Config(seq_len=8, steps=1, seed={seed})\n"
+        )
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        if by == "commands":
+            assert read_config(str(path)).seed == seed
+        else:
+            argv = ["train.py", f"--config={path}"]
+            monkeypatch.setattr(sys, "argv", argv)
+            script.parse_flags(argv)
+            assert script._CONFIG.value.seed == seed
