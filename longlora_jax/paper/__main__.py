@@ -134,8 +134,12 @@ def _measured(workdir: Path) -> tuple[list[dict[str, Any]], str]:
     here = [read_json(str(path)) for path in sorted((workdir / runs.RESULTS).glob("*.json"))]
     if here := [r for r in here if r["step_seconds"]]:
         return here, str(workdir)
-    there = read_json(MEASURED)["runs"] if os.path.exists(MEASURED) else {}
-    return [r for found in there.values() for r in found if r["step_seconds"]], MEASURED
+    if not os.path.exists(MEASURED):
+        return [], MEASURED
+    there = read_json(MEASURED)
+    common = ", ".join(f"{name} {value}" for name, value in there.get("common", {}).items())
+    source = f"{MEASURED}, which are those of {there['devices']}{f' with {common}' if common else ''}"
+    return [r for found in there["runs"].values() for r in found if r["step_seconds"]], source
 
 
 def _seconds(run: tables.Run, measured: list[dict[str, Any]]) -> float:
