@@ -62,6 +62,15 @@ def causal_pairs(pattern, seq_len: int) -> float:
     return (pieces(0, g) + pieces(g - g // 2, g)) / 2
 
 
+def step_flops(config, pattern) -> float:
+    """Useful FLOPs of one row's training step (plan/costs.step_flops), with the pairs that a pattern leaves."""
+    from longlora_jax.plan import costs
+
+    c = config.model
+    seen = 4 * causal_pairs(pattern, config.seq_len) * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    return costs.step_flops(config, costs.forward_flops(config) | {"attention": seen})
+
+
 def timed(run: Callable[[], Any]) -> Callable[[], float]:
     """Seconds of a run, until what it gives is there."""
     import jax
@@ -115,7 +124,6 @@ class Steps:
         import jax
 
         from longlora_jax.parallel import sharding
-        from longlora_jax.plan import costs
         from longlora_jax.training import run
         from longlora_jax.training.step import compile_train_step
 
@@ -133,11 +141,7 @@ class Steps:
             self._state, metrics = step(self._state.replace(model=model), self._frozen, batch)
             return metrics
 
-        c = config.model
-        seen = 4 * causal_pairs(model.pattern, config.seq_len) * c.num_attention_heads * c.head_dim
-        forward = costs.forward_flops(config) | {"attention": seen * c.num_hidden_layers}
-        used = step.memory_analysis().temp_size_in_bytes
-        flops = costs.step_flops(config, forward)
+        used, flops = step.memory_analysis().temp_size_in_bytes, step_flops(config, model.pattern)
         return Case("step", "ours", name, config.seq_len, flops, used, timed(run_step))
 
 

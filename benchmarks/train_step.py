@@ -176,14 +176,13 @@ def matmul_step(seq_len: int, attention: str, remat: str, weights: str):
     return run, process_peak, {"device": jax.devices()[0].device_kind, "dtype": "float32"}
 
 
-def useful_flops(seq_len: int, attention: str) -> int:
+def useful_flops(seq_len: int, attention: str) -> float:
     """FLOPs of a step: frozen matrices twice, causal pairs, nothing twice by remat (plan/costs.py)."""
     import dataclasses
 
-    from benchmarks.attention import causal_pairs
+    from benchmarks.attention import step_flops
     from longlora_jax import presets
     from longlora_jax.config import AttentionConfig
-    from longlora_jax.plan import costs
     from longlora_jax.training import run
 
     model = dataclasses.replace(presets.llama2_7b(), **SIZES, head_dim=SIZES["hidden_size"] // 8)
@@ -191,9 +190,7 @@ def useful_flops(seq_len: int, attention: str) -> int:
     pattern = AttentionConfig("full") if attention == "full" else AttentionConfig()
     config = dataclasses.replace(config, attention=pattern)
     config = dataclasses.replace(config, model=run.extend_model(model, config))
-    pairs = causal_pairs(run.build_model(config).pattern, seq_len)
-    seen = 4 * pairs * SIZES["hidden_size"] * SIZES["num_hidden_layers"]
-    return costs.step_flops(config, costs.forward_flops(config) | {"attention": seen})
+    return step_flops(config, run.build_model(config).pattern)
 
 
 def variants() -> dict[str, tuple[str, str, str]]:

@@ -84,6 +84,8 @@ QUANTIZE_HELP = (
     "keep the blocks' matrices in memory in 4 or 8 bits, as bitsandbytes quantizes them (default: as they are)"
 )
 STEP_HELP = "of a run: the checkpoint of this step, or best, that of the lowest eval/loss (default: the newest)"
+# Of every command that reads a prompt: what generate/session.chunk_size takes.
+CHUNK_HELP = "speed and memory only (default: 4096 on GPUs, else 512)"
 
 
 def start_logging() -> None:

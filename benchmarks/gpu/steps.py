@@ -46,7 +46,7 @@ def main() -> None:
     import jax
     import jax.numpy as jnp
 
-    from benchmarks.attention import causal_pairs
+    from benchmarks.attention import step_flops
     from benchmarks.gpu.sizes import TINY, Step, config_of, planned, steps_for
     from longlora_jax.config import MeshConfig
     from longlora_jax.parallel import sharding
@@ -93,12 +93,10 @@ def main() -> None:
             losses.append(float(values["loss"]))
             seconds.append(time.perf_counter() - began)
         held[case.model] = state, frozen
-        c, s = config.model, statistics.median(seconds[1:])
+        s = statistics.median(seconds[1:])
         found |= {"first_seconds": seconds[0], "seconds": s, "tokens_per_second": t / s, "losses": losses}
         if not case.packed:  # the pairs of documents in shifted groups are nobody's formula
-            seen = 4 * causal_pairs(model.pattern, t) * c.num_attention_heads * c.head_dim * c.num_hidden_layers
-            flops = costs.step_flops(config, costs.forward_flops(config) | {"attention": seen})
-            found["tflops"] = flops / s / 1e12
+            found["tflops"] = step_flops(config, model.pattern) / s / 1e12
             found |= {"mfu": found["tflops"] / peak} if peak else {}
         if told := (device.memory_stats() or {}).get("peak_bytes_in_use"):
             found["peak_gib"] = told / 2**30

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=ports, default=7860, metavar="N", help="(default: %(default)s)")
     new_help = "tokens of an answer at most, unless the page says otherwise (default: %(default)s)"
     add("--max_new_tokens", type=number(int, 1, 4096), default=256, metavar="N", help=new_help)
-    chunk_help = "tokens of the document computed at once: speed and memory only (default: 4096 on GPUs, else 512)"
+    chunk_help = f"tokens of the document computed at once: {errors.CHUNK_HELP}"
     add("--chunk", type=number(int, 1, 2**20), metavar="N", help=chunk_help)
     dtype_help = "of weights, activations and cache (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)

@@ -16,7 +16,7 @@ from longlora_jax.data.stream import TextStream
 from longlora_jax.errors import UserError, number
 from longlora_jax.files import check_writable, write_json
 from longlora_jax.generate.generation import common_prefix, load_for_generation, prompt_ids
-from longlora_jax.generate.session import SEEDS, Sampling, Session, complete, default_chunk
+from longlora_jax.generate.session import SEEDS, Sampling, Session, chunk_size, complete
 from longlora_jax.progress import progress_bar
 from longlora_jax.weights.load import at_step, open_model
 
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     seeds = number(int, 0, SEEDS - 1, wanted=f"at least 0 and at most {SEEDS - 1}")
     add("--seed", type=seeds, default=0, metavar="N", help="of the random numbers (default: 0)")
     add = parser.add_argument_group("how the model runs").add_argument
-    chunk_help = "tokens of the prompt computed at once: speed and memory only (default: 4096 on GPUs, else 512)"
+    chunk_help = f"tokens of the prompt computed at once: {errors.CHUNK_HELP}"
     add("--chunk", type=number(int, 1, MOST), metavar="N", help=chunk_help)
     window_help = "remember only the last M tokens, and take a text of any length (default: remember all)"
     add("--window", type=number(int, 1, MOST), default=0, metavar="M", help=window_help)
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (largest := max(int(p.max()) for p in prompts)) >= opened.config.vocab_size:
         raise UserError(f"token {largest} is outside the model's vocabulary of {opened.config.vocab_size}")
     llama, params = load_for_generation(opened, args.dtype)
-    memory = {"chunk": min(args.chunk or default_chunk(), longest), "sinks": args.sinks, "window": args.window}
+    memory = {"chunk": min(chunk_size(args.chunk), longest), "sinks": args.sinks, "window": args.window}
     session = Session(llama, params, 1, longest + args.max_new_tokens, **memory)
     shared = common_prefix(prompts)
     session.compile([shared, *(len(ids) - shared for ids in prompts)])

@@ -11,7 +11,7 @@ from longlora_jax.config import MeshConfig, ModelConfig
 from longlora_jax.data import Tokenizer
 from longlora_jax.data.chat import ChatFormat
 from longlora_jax.errors import UserError
-from longlora_jax.generate.session import Sampling, Session, complete, default_chunk
+from longlora_jax.generate.session import Sampling, Session, chunk_size, complete
 from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.parallel.sharding import make_mesh, place_weights, weight_shardings
@@ -39,13 +39,13 @@ def generate(
 
     temperature 0 takes the likeliest token; otherwise top_k and top_p are transformers'. A row ends after one of
     eos_ids, when stop(row, its tokens) says so, or after max_new_tokens. chunk: tokens of the prompts computed at once,
-    None for session.default_chunk; sinks, window: in tokens, to remember these alone (model/cache.py). on_token(row,
+    see session.chunk_size; sinks, window: in tokens, to remember these alone (model/cache.py). on_token(row,
     token) is called with each token. The model's window is not checked. Raises UserError.
     """
     if len(prompts) < 1 or min(map(len, prompts)) < 1 or max_new_tokens < 1:
         raise UserError(f"{len(prompts)} prompts, {max_new_tokens=}: give prompts of a token or more, and 1 or more")
     longest = max(map(len, prompts))
-    memory = {"chunk": min(chunk or default_chunk(), longest), "sinks": sinks, "window": window}
+    memory = {"chunk": min(chunk_size(chunk), longest), "sinks": sinks, "window": window}
     session = Session(model, params, len(prompts), longest + max_new_tokens, **memory)
     session.read(prompts)
     sampling = Sampling(temperature, top_k, top_p)

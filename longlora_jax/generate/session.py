@@ -110,19 +110,20 @@ def trace_step(model: Llama, params, cache: Cache, t: int):
     return _advance.trace(model, params, cache, tokens, counts, logits)
 
 
-def default_chunk(where: str | None = None) -> int:
-    """How many tokens of a prompt are computed at once unless said otherwise, on a platform (None: where JAX runs).
+def chunk_size(chunk: int | None, where: str | None = None) -> int:
+    """How many tokens of a prompt are computed at once: as asked for, None for what suits a platform.
 
-    Measured on an H200: 4,096 take about half the time of 512 for a 7B, a fifth for a model of 135M (docs/measured.md).
+    where: the platform, None for the one that JAX runs on. Measured on an H200: 4,096 take about half the time of 512
+    for a 7B, a fifth for a model of 135M (docs/measured.md).
     """
-    return 4096 if (where or platform()) == "gpu" else 512
+    return (4096 if (where or platform()) == "gpu" else 512) if chunk is None else chunk
 
 
 class Session:
     """Rows that a model reads and continues: read() and then stream(), in any turns.
 
-    rows: how many; tokens: the most that a row may come to; chunk: how many of a prompt are computed at once, None for
-    default_chunk.
+    rows: how many; tokens: the most that a row may come to; chunk: how many of a prompt are computed at once
+    (chunk_size).
     sinks, window: remember so many first and last tokens instead of all, and take any number (see model/cache.py).
     lengths: [rows] tokens read so far, drawn ones included. Positions are absolute, and those of a row do not depend on
     its neighbours: a row gives what it would give alone. Scalings that go by length (dynamic, longrope) rotate what is
@@ -141,7 +142,7 @@ class Session:
         sinks: int = 0,
         window: int = 0,
     ):
-        chunk = default_chunk() if chunk is None else chunk
+        chunk = chunk_size(chunk)
         if rows < 1 or tokens < 1 or chunk < 1 or sinks < 0 or window < 0 or (sinks and not window):
             raise UserError(
                 f"{rows=}, {tokens=}, {chunk=}, {sinks=}, {window=}: the first three must be 1 or more, sinks need a "

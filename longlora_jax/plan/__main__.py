@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--chunk",
         type=errors.number(int, 1, 2**20),
         metavar="N",
-        help="with --generate: tokens of the prompt computed at once (default: 4096 on GPUs, else 512)",
+        help=f"with --generate: tokens of the prompt computed at once: {errors.CHUNK_HELP}",
     )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan")
     args, overrides = parser.parse_known_args(argv)

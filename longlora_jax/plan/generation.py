@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from longlora_jax.config import Config, ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.generate.generation import best_mesh
-from longlora_jax.generate.session import as_read, default_chunk, trace_step
+from longlora_jax.generate.session import as_read, chunk_size, trace_step
 from longlora_jax.model.cache import Cache, abstract_cache, cut_of
 from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params
@@ -33,12 +33,12 @@ def plan_generation(
 ) -> dict[str, Any]:
     """What a prompt of config.seq_len tokens needs on a topology (see planner.plan), as one JSON-like dict.
 
-    The model, its RoPE scaling, dtype and base_quantization are the config's. chunk: tokens read at once, None
-    for default_chunk; longest: of the longest prompt that fits instead. Raises UserError, also where not even STEP
+    The model, its RoPE scaling, dtype and base_quantization are the config's. chunk: tokens read at once
+    (session.chunk_size); longest: of the longest prompt that fits instead. Raises UserError, also where not even STEP
     tokens fit.
     """
     found = find_topology(topology)
-    chunk = chunk or default_chunk("gpu" if found.kind in GPUS else "tpu")
+    chunk = chunk_size(chunk, "gpu" if found.kind in GPUS else "tpu")
     if not longest:
         return _plan(config, found, topology, chunk, config.seq_len)
     # What a step needs beside weights and cache does not depend on the prompt.

@@ -16,13 +16,14 @@ from jaxpr_arrays import shapes
 from tiny import random_params, tiny_config
 
 from longlora_jax import errors
+from longlora_jax.attention.kernels import compiled_for
 from longlora_jax.attention.rope import RopeScaling
 from longlora_jax.config import LoraConfig, MeshConfig
 from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
 from longlora_jax.generate import __main__ as command
 from longlora_jax.generate import generate, generation, load_for_generation
-from longlora_jax.generate.session import Sampling, Session, complete, draw, warp
+from longlora_jax.generate.session import Sampling, Session, chunk_size, complete, draw, warp
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
 from longlora_jax.model.lora import merge_lora
 from longlora_jax.parallel.sharding import make_mesh, weight_shardings
@@ -346,6 +347,16 @@ def wrong_uses(folder: Path):
         "--stop is not UTF-8": [*model, *prompt, "--stop", "a\udcff"],
         "cannot be written": [*model, *prompt, "--json", str(folder / "no" / "out.json")],
     }
+
+
+def test_chunks_suit_the_platform_unless_given():
+    """Catches: a GPU that reads by chunks of a CPU, a chunk of nothing that is taken for none given."""
+    assert chunk_size(None) == 512 and chunk_size(None, "gpu") == 4096 and chunk_size(7, "gpu") == 7
+    with compiled_for("gpu"):
+        assert chunk_size(None) == 4096
+    model = Llama(tiny_config())
+    with pytest.raises(UserError, match="chunk=0"):
+        generate(model, random_params(model), [np.zeros(3, np.int32)], max_new_tokens=1, chunk=0)
 
 
 def test_wrong_uses_get_one_line(tmp_path):
