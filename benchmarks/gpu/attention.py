@@ -1,8 +1,13 @@
 """One layer's attention by length, forward and gradients: full, s2, rows of documents, and what is without cuDNN.
 
-Useful FLOPs: the pairs that causality, groups and documents leave, forward and twice that backward.
+Useful FLOPs: the pairs that causality, groups and documents leave, forward and twice that backward. Full attention over
+four rows of T/4 is what the kernel makes of groups without anything around it: `s2` cannot be faster for a pair.
+The late half of a group of T/4 is also timed as devices of a context axis that hold half a group compute it: over two
+sets of keys, its own and the early half's, and as the square of the whole group, whose early half is dropped.
 """
 
+import functools
+from collections.abc import Callable
 from unittest import mock
 
 from benchmarks.gpu.part import SHAPES, TINY_SHAPES, Part, jax_device, memory_limit, milliseconds
@@ -20,6 +25,8 @@ def main() -> None:
     from benchmarks.attention import causal_pairs
     from longlora_jax.attention import kernels
     from longlora_jax.attention.attend import attend
+    from longlora_jax.attention.blockwise import Rules
+    from longlora_jax.attention.partial import Keys, Queries, attend_sets
     from longlora_jax.attention.patterns import FULL, Pattern
 
     shapes = TINY_SHAPES if part.tiny else SHAPES
@@ -29,16 +36,18 @@ def main() -> None:
     part.head["kernel_packed"] = kernels.kernel_name(dtype, packed=True)
     limit, peak = memory_limit(), part.head.get("peak_tflops")
 
-    def case(what: str, shape: str, t: int, pattern, pairs: float, segments=None):
+    def time_of(what: str, shape: str, t: int, attention: Callable, pairs: float, rows=1, queries=None, keys=None):
+        """Times attention(q, k, v) of rows of so many queries and keys (t), of a window of t tokens."""
         n, kv, h = shapes[shape]
 
         def both(q, k, v, g):
-            out, back = jax.vjp(lambda q, k, v: attend(q, k, v, pattern, segment_ids=segments), q, k, v)
+            out, back = jax.vjp(attention, q, k, v)
             return out, *back(g)
 
         def measure():
-            keys = zip(jax.random.split(jax.random.key(t), 4), (n, kv, kv, n), strict=True)
-            given = [jax.random.normal(key, (1, t, heads, h), dtype) for key, heads in keys]
+            sizes = [(n, queries or t), (kv, keys or t), (kv, keys or t), (n, queries or t)]
+            draws = zip(jax.random.split(jax.random.key(t), 4), sizes, strict=True)
+            given = [jax.random.normal(key, (rows, tokens, heads, h), dtype) for key, (heads, tokens) in draws]
             compiled = jax.jit(both).lower(*given).compile()
             found = milliseconds(lambda: compiled(*given), jax.block_until_ready, 0.0 if part.tiny else 0.06)
             tflops = 3 * 4 * pairs * n * h / found["ms"] / 1e9
@@ -51,6 +60,23 @@ def main() -> None:
         else:
             part.run(row, measure)
 
+    def case(what: str, shape: str, t: int, pattern, pairs: float, segments=None):
+        time_of(what, shape, t, lambda q, k, v: attend(q, k, v, pattern, segment_ids=segments), pairs)
+
+    def late_half(shape: str, t: int):
+        half = t // 8
+
+        def in_sets(q, k, v):
+            own, early = Keys(k[:, half:], v[:, half:]), Keys(k[:, :half], v[:, :half])
+            return attend_sets(q, None, [(own, Queries(), Rules()), (early, Queries(), Rules(causal=False))], 0.0)
+
+        def squared(q, k, v):
+            return attend(jnp.pad(q, ((0, 0), (half, 0), (0, 0), (0, 0))), k, v, FULL)[:, half:]
+
+        for what, attention in (("in two sets", in_sets), ("as a square", squared)):
+            sizes = {"queries": half, "keys": 2 * half}
+            time_of(f"late half of a group, {what}", shape, t, attention, half * (half + 1) / 2 + half**2, **sizes)
+
     def packed(what: str, shape: str, t: int, count: int):
         ids = jnp.asarray(np.repeat(np.arange(1, count + 1), t // count)[None].astype(np.int32))
         case(what, shape, t, FULL, t * (t // count + 1) / 2, ids)
@@ -60,6 +86,10 @@ def main() -> None:
             s2 = Pattern("s2", t // 4)
             for what, pattern in (("full", FULL), ("s2 G=T/4", s2), ("s2 G=4096", Pattern("s2", min(4096, t // 4)))):
                 case(what, shape, t, pattern, causal_pairs(pattern, t))
+            rows_of = functools.partial(attend, pattern=FULL)
+            short = {"rows": 4, "queries": t // 4, "keys": t // 4}
+            time_of("full, 4 rows of T/4", shape, t, rows_of, 4 * causal_pairs(FULL, t // 4), **short)
+            late_half(shape, t)
             if t != lengths[1]:
                 continue
             for count in (8, 64):

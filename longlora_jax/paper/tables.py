@@ -153,6 +153,8 @@ TABLES = (
             Row("1_2", "half of the steps", {}, share=0.5),
             Row("1", "all steps", {}),
             Row("2", "twice the steps", {}, share=2.0),
+            Row("2_last_10", "twice the steps, the last 10% full", {"attention.full_last": 0.1}, share=2.0),
+            Row("2_full", "twice the steps, full attention", {"attention.pattern": "full"}, share=2.0),
         ),
     ),
 )
