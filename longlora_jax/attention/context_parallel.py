@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlora_jax.attention.attend import attend, attend_part, attend_short, parts_of, pieces, short_runs
 from longlora_jax.attention.blockwise import NOBODY, Rules
-from longlora_jax.attention.kernels import causal_attention, platform
+from longlora_jax.attention.kernels import causal_attention
 from longlora_jax.attention.partial import Keys, Queries, attend_sets, slower_in_sets
 from longlora_jax.attention.patterns import ABLATIONS, Pattern
 from longlora_jax.attention.ring import ring_attention
@@ -220,8 +220,7 @@ def _neighbour(k, v, segments, context: int):
 
 def _after(before, q, k, v, segment_ids, softcap: float) -> Any:
     """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
-    # On GPUs until cuDNN's part of partial.py has run on one: it is compiled for them alone so far.
-    if platform() == "gpu" or slower_in_sets(q.shape, q.dtype, k.shape[2], segment_ids is not None, softcap):
+    if slower_in_sets(q.shape, q.dtype, k.shape[2], segment_ids is not None, softcap):
         return _squared(before, q, k, v, segment_ids, softcap)
     k_before, v_before, segments_before = before
     count = jnp.where(jax.lax.axis_index("context") == 0, 0, k_before.shape[1])
