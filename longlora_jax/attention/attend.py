@@ -173,15 +173,25 @@ def pieces(q, k, v, segment_ids, *, first: int, group: int, softcap: float):
 
 def _by_predicate(q, k, v, pattern: Pattern, segment_ids):
     """The definition itself with a [T, T] mask: for the paper's ablations, and the oracle of every test."""
-    b, t, n, h = q.shape
-    heads, i, j = np.arange(n)[:, None, None], np.arange(t)[:, None], np.arange(t)[None, :]
-    mask = jnp.asarray(allowed(pattern, heads, i, j, num_heads=n, seq_len=t))[None]
+    return attend_where(mask_of(pattern, q.shape[2], q.shape[1], segment_ids), q, k, v, pattern.softcap)
+
+
+def mask_of(pattern: Pattern, heads: int, t: int, segment_ids):
+    """Who sees whom under a pattern: booleans [1 or B, N, T, T], for segment_ids [B, T] or None."""
+    n, i, j = np.arange(heads)[:, None, None], np.arange(t)[:, None], np.arange(t)[None, :]
+    mask = jnp.asarray(allowed(pattern, n, i, j, num_heads=heads, seq_len=t))[None]
     if segment_ids is not None:
         mask &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return mask
+
+
+def attend_where(mask, q, k, v, softcap: float = 0.0):
+    """Softmax attention of q [B, T, N, H] over k, v [B, T, K, H] where a mask of mask_of's shape says so."""
+    h, n = q.shape[3], q.shape[2]
     k, v = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("bqnh,bsnh->bnqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
-    if pattern.softcap:
-        scores = pattern.softcap * jnp.tanh(scores / pattern.softcap)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask, scores, MASKED)
     weights = jnp.where(mask, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
     # A head of block_sparse may look into another document alone: then it sees nothing, and the sum, which is 1 or
