@@ -10,6 +10,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -243,7 +244,7 @@ _json_object.__name__ = "JSON object"  # what argparse says is invalid
 def _data_from(folder: str | None):
     """Tasks name their data OWNER/NAME: a folder of that name where the process stands goes before the hub's.
 
-    Raises UserError for data that is in neither.
+    Raises UserError for data that is in neither, and for what a task that makes its own data refuses.
     """
     try:
         with contextlib.chdir(folder or "."):
@@ -257,6 +258,10 @@ def _data_from(folder: str | None):
             "--repo-type dataset OWNER/NAME --local-dir DIR/OWNER/NAME` and give --data DIR; a resource of nltk is "
             "looked for in the folder that NLTK_DATA names"
         ) from error
+    except ValueError as error:  # RULER's, of a length in --metadata in which a question has no room
+        if f"{os.sep}lm_eval{os.sep}tasks{os.sep}" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        raise UserError(f"a task cannot be made: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

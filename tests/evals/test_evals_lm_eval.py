@@ -189,3 +189,12 @@ def test_faults_are_one_line(monkeypatch, capsys):
             errors.run(lambda flags=flags: adapter.main(["--model", MODEL, *flags]))
         (line,) = capsys.readouterr().err.splitlines()
         assert exit.value.code == 2 and says in line and line.startswith("error: ")
+
+
+def test_a_length_without_room_is_one_line(capsys):
+    """Catches: a traceback of lm-eval for RULER at a length in which its question has no room."""
+    command = ["--model", MODEL, "--tasks", "niah_single_1", "--limit", "1", "--metadata", '{"max_seq_lengths": [64]}']
+    with pytest.raises(SystemExit) as exit:
+        errors.run(lambda: adapter.main(command))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and "no room" in line and "max_seq_lengths" in line
