@@ -1,11 +1,14 @@
 """What the commands of evaluations share: checks that cost nothing before hours are spent."""
 
 import logging
-from collections.abc import Iterable
+from argparse import Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
+from longlora_jax.attention.rope import ROPE_TYPES
 from longlora_jax.config import ModelConfig
-from longlora_jax.errors import UserError
+from longlora_jax.errors import UserError, number
 from longlora_jax.files import check_writable
 
 log = logging.getLogger(__name__)
@@ -17,6 +20,28 @@ def check_outputs(json: str | None, plot: str | None) -> None:
         check_writable(path)
     if plot and Path(plot).suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"--plot {plot} must end in .png, .svg or .pdf")
+
+
+def add_rope_flags(add: Callable[..., Any], length: str) -> None:
+    """The flags of an untrained scaling of positions; add: a parser's add_argument, length: what it is stretched to."""
+    add(
+        "--rope_type",
+        choices=[name for name in ROPE_TYPES if name != "longrope"],  # that one comes with trained factors
+        help="stretch the model's positions for lengths beyond its window, untrained (default: as the model is)",
+    )
+    add(
+        "--rope_factor",
+        type=number(float, 1),
+        metavar="F",
+        help=f"with --rope_type: times the model's original window (default: {length} / original, rounded up)",
+    )
+
+
+def rope_override(args: Namespace) -> dict[str, Any] | None:
+    """The scaling that add_rope_flags' flags ask for, as files of results say it. Raises UserError."""
+    if args.rope_factor and not args.rope_type:
+        raise UserError("--rope_factor needs --rope_type: say which scaling")
+    return {"rope_type": args.rope_type, "rope_factor": args.rope_factor} if args.rope_type else None
 
 
 def note_window(lengths: Iterable[int], config: ModelConfig) -> None:

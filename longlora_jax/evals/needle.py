@@ -10,7 +10,15 @@ import numpy as np
 from longlora_jax import errors
 from longlora_jax.evals.answers import words
 from longlora_jax.evals.reader import Reader, fit
-from longlora_jax.evals.retrieval import Task, add_depths, grid_parser, read_haystack, run_grid, split_at_sentence
+from longlora_jax.evals.retrieval import (
+    Task,
+    add_depths,
+    begun_anywhere,
+    grid_parser,
+    read_haystack,
+    run_grid,
+    split_at_sentence,
+)
 
 TASK = "Read the text below and answer the question that follows it. The answer is in the text."
 NAMES = ("Ottilie", "Barnaby", "Yasmin", "Leopold", "Henrike", "Matteo", "Sunniva", "Cornelius")
@@ -57,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     def ask(reader: Reader, length: int, depth: float, rng: np.random.Generator) -> tuple[np.ndarray, str]:
         name, thing, place = (str(rng.choice(some)) for some in (NAMES, THINGS, PLACES))
         fact, question = f"{name} keeps the {thing} {place}.", f"Where does {name} keep the {thing}?"
-        return prompt(reader, haystack, length, depth, fact, question), place
+        return prompt(reader, begun_anywhere(haystack, rng), length, depth, fact, question), place
 
     def stop(text: str) -> bool:
         return "\n" in text.lstrip()
 
-    settings = {"haystack": args.haystack}
+    settings = {"haystack": args.haystack, "haystack_begins": "anywhere"}
     run_grid(Task("needle", ask, judge, stop, 48, settings, graded=True), args, args.depths)
 
 

@@ -13,7 +13,15 @@ import numpy as np
 
 from longlora_jax import errors
 from longlora_jax.evals.reader import Reader, fit
-from longlora_jax.evals.retrieval import Task, add_depths, grid_parser, read_haystack, run_grid, split_at_sentence
+from longlora_jax.evals.retrieval import (
+    Task,
+    add_depths,
+    begun_anywhere,
+    grid_parser,
+    read_haystack,
+    run_grid,
+    split_at_sentence,
+)
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -65,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def ask(reader: Reader, length: int, depth: float, rng: np.random.Generator) -> tuple[np.ndarray, str]:
         key = int(rng.integers(1, LARGEST, endpoint=True))
-        return prompt(reader, length, depth, key, haystack), str(key)
+        return prompt(reader, length, depth, key, haystack and begun_anywhere(haystack, rng)), str(key)
 
     def stop(text: str) -> bool:
         return re.search(r"\d\D", text) is not None
 
-    settings = {"haystack": args.haystack}
+    settings = {"haystack": args.haystack} | ({"haystack_begins": "anywhere"} if haystack else {})
     run_grid(Task("passkey", ask, judge, stop, 16, settings), args, args.depths)
 
 

@@ -10,11 +10,10 @@ import numpy as np
 
 from longlora_jax import errors
 from longlora_jax.attention.patterns import FULL, Pattern
-from longlora_jax.attention.rope import ROPE_TYPES
 from longlora_jax.config import ModelConfig
 from longlora_jax.data import Memmap, load_tokenizer, read_text
 from longlora_jax.errors import UserError, number, numbers
-from longlora_jax.evals.command import check_outputs, note_window
+from longlora_jax.evals.command import add_rope_flags, check_outputs, note_window, rope_override
 from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.evals.results import Results, weights_of
 from longlora_jax.evals.scoring import (
@@ -85,17 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--attention", choices=("full", "s2"), default="full", help="full (default), or the pattern of training")
     ratio_help = "group size of s2 as a share of T (default: 0.25)"
     add("--group_ratio", type=number(float, 0, above=True), default=0.25, metavar="R", help=ratio_help)
-    add(
-        "--rope_type",
-        choices=[name for name in ROPE_TYPES if name != "longrope"],  # that one comes with trained factors
-        help="stretch the model's positions for lengths beyond its window, untrained (default: as the model is)",
-    )
-    add(
-        "--rope_factor",
-        type=number(float, 1),
-        metavar="F",
-        help="with --rope_type: times the model's original window (default: T / original, rounded up)",
-    )
+    add_rope_flags(add, "T")
     dtype_help = "of weights and activations (default: float32)"
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help=dtype_help)
     add("--quantize", choices=errors.QUANTIZE, default="none", help=errors.QUANTIZE_HELP)
@@ -124,8 +113,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.protocol_batch and not args.protocol:
         raise UserError("--protocol_batch needs --protocol: the mean is over tokens without it")
-    if args.rope_factor and not args.rope_type:
-        raise UserError("--rope_factor needs --rope_type: say which scaling")
+    rope_override(args)
     if args.group_ratio > 1 or (args.attention == "s2" and round(min(args.seq_len) * args.group_ratio) < 2):
         raise UserError(f"--group_ratio {args.group_ratio:g} must give groups of 2 to {min(args.seq_len)} tokens")
     check_outputs(args.json, args.plot)
@@ -145,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in args.data
     ]
     sizes = [len(d) for d in documents]
-    override = {"rope_type": args.rope_type, "rope_factor": args.rope_factor} if args.rope_type else None
+    override = rope_override(args)
     head = {"model": args.model, "weights": weights_of(args.model, opened.tokenizer_dir), "data": args.data}
     head |= {"data_tokens": sizes, "attention": args.attention, "dtype": args.dtype, "rope_override": override}
     if args.quantize != "none":

@@ -13,6 +13,7 @@ from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
 from longlora_jax.evals.results import weights_of
 from longlora_jax.generate.generation import generate, load_for_generation
+from longlora_jax.model_config import ModelConfig
 from longlora_jax.weights.load import open_model
 
 TEMPLATES = ("auto", "plain", "chat")
@@ -28,7 +29,8 @@ class Reader:
 
     template: "chat" sends what is asked through the model's template (what its run trained under, or the tokenizer's),
     "plain" as it is, "auto" takes the template if there is one. batch_size: prompts read at once (None: TOKENS_AT_ONCE
-    tokens' worth); quantize: see open_model. Raises UserError.
+    tokens' worth); quantize: see open_model; stretch: what its config becomes, for an untrained scaling of positions.
+    Raises UserError.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class Reader:
         dtype: str = "float32",
         batch_size: int | None = None,
         quantize: str = "none",
+        stretch: Callable[[ModelConfig], ModelConfig] = lambda config: config,
     ):
         self._opened = open_model(path, quantize=quantize)
+        self._opened = self._opened._replace(config=stretch(self._opened.config))
         self._dtype, self._batch_size = dtype, batch_size
         self.config = self._opened.config
         folder = self._opened.tokenizer_dir

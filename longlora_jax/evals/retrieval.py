@@ -17,10 +17,12 @@ import numpy as np
 from longlora_jax import errors
 from longlora_jax.data import read_text
 from longlora_jax.errors import UserError, number, numbers
-from longlora_jax.evals.command import check_outputs, note_window
+from longlora_jax.evals.command import add_rope_flags, check_outputs, note_window, rope_override
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import TEMPLATES, TOKENS_AT_ONCE, Reader
 from longlora_jax.evals.results import Results
+from longlora_jax.evals.scoring import stretch_rope
+from longlora_jax.model_config import ModelConfig
 from longlora_jax.progress import progress_bar
 from longlora_jax.weights.load import at_step
 
@@ -82,6 +84,7 @@ def grid_parser(name: str, description: str, example: str) -> argparse.ArgumentP
     )
     add("--trials", type=number(int, 1), default=5, metavar="N", help="questions for each result (default: 5)")
     add("--seed", type=number(int, 0), default=0, metavar="N", help="of what is to be found (default: 0)")
+    add_rope_flags(add, "the longest of --lengths")
     return parser
 
 
@@ -114,6 +117,15 @@ def read_haystack(path: str) -> str:
     return text
 
 
+def begun_anywhere(text: str, rng: np.random.Generator) -> str:
+    """A text turned so that it begins with some sentence of its own, and what came before it follows the end.
+
+    So the questions of one depth stand in other places of a haystack, and their answers tell more than one would.
+    """
+    before, after = split_at_sentence(text, rng.random())
+    return f"{after.rstrip()}\n\n{before.rstrip()}".strip()
+
+
 def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | None) -> list[dict[str, Any]]:
     """Asks what is not in args.json yet and returns all results; depths None: there are none in the results.
 
@@ -121,13 +133,20 @@ def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | Non
     """
     errors.start_logging()
     check_outputs(args.json, args.plot)
+    override = rope_override(args)
     args.model = at_step(args.model, args.step)
-    reader = Reader(
-        args.model, template=args.template, dtype=args.dtype, batch_size=args.batch_size, quantize=args.quantize
-    )
+
+    def stretch(config: ModelConfig) -> ModelConfig:
+        if override is None:
+            return config
+        return stretch_rope(config, max(args.lengths), args.rope_type, args.rope_factor)
+
+    how = {name: getattr(args, name) for name in ("template", "dtype", "batch_size", "quantize")}
+    reader = Reader(args.model, **how, stretch=stretch)
     head = {"task": task.name, "model": args.model, "weights": reader.weights, "dtype": args.dtype}
     head |= {"template": reader.template, "seed": args.seed}
     head |= {"quantize": args.quantize} if args.quantize != "none" else {}
+    head |= {"rope_override": override} if override else {}
     key = ("length",) if depths is None else ("length", "depth")
     results = Results(args.json, head | task.settings, key)
     cells = [{"length": t} | ({} if depths is None else {"depth": d}) for t in args.lengths for d in depths or [0.0]]

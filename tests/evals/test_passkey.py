@@ -13,7 +13,7 @@ from longlora_jax import errors
 from longlora_jax.evals import passkey, reader, retrieval
 from longlora_jax.evals.reader import Reader, fit
 from longlora_jax.evals.results import Results
-from longlora_jax.evals.retrieval import split_at_sentence, wilson
+from longlora_jax.evals.retrieval import begun_anywhere, split_at_sentence, wilson
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-python-llama"
 CHAT = (
@@ -149,6 +149,35 @@ def test_a_finished_result_is_not_computed_again(run, tmp_path, caplog):
     with pytest.raises(errors.UserError, match="out.json holds something else than such results"):
         run(reads_last(10_000), "--lengths", "300")
     assert json.loads((tmp_path / "out.json").read_text()) == {"seq_len": 8}
+
+
+def test_questions_of_a_depth_stand_in_other_places_of_a_haystack(run, tmp_path):
+    """Catches: trials that differ in their key alone, so that one place decides all of them; a text of which some is
+    lost or begins within a sentence; another place on another day, or at another depth."""
+    (tmp_path / "novel.txt").write_text(NATURAL)
+    flags, asked = ("--haystack", str(tmp_path / "novel.txt"), "--lengths", "300", "--trials", "4"), []
+    run(reads_last(10_000, asked), *flags, "--depths", "0,1")
+    tokenizer = reader.load_tokenizer(str(MODEL))
+    texts = [tokenizer.decode(ids) for ids in asked]
+    days = [re.search(r"On day (\d+) |Nobody saw it!", text).group() for text in texts]
+    assert len(set(days[:4])) >= 3 and days[:4] == days[4:]
+    turned = begun_anywhere(NATURAL, np.random.default_rng(3))
+    assert sorted(turned.split()) == sorted(NATURAL.split()) and re.match(r"On day \d+|Nobody", turned)
+
+
+def test_untrained_scalings_are_asked_too(run, monkeypatch, caplog):
+    """Catches: a scaling that does not reach the model, results of another scaling gone on with."""
+    opened = []
+    monkeypatch.setattr(reader, "load_for_generation", lambda model, dtype: opened.append(model) or (None, None))
+    flags = ("--lengths", "300,600", "--depths", "0", "--trials", "1")
+    run(reads_last(10_000), *flags)
+    asked = run(reads_last(10_000), *flags, "--rope_type", "yarn")
+    assert asked["rope_override"] == {"rope_type": "yarn", "rope_factor": None} and "written anew" in caplog.text
+    run(reads_last(10_000), *flags, "--rope_type", "linear", "--rope_factor", "8")
+    scalings = [model.config.rope_scaling for model in opened]
+    assert scalings[0] is None and [(s.rope_type, s.factor) for s in scalings[1:]] == [("yarn", 3.0), ("linear", 8.0)]
+    with pytest.raises(errors.UserError, match="--rope_factor needs --rope_type"):
+        run(reads_last(10_000), *flags, "--rope_factor", "8")
 
 
 def test_what_was_done_before_a_crash_is_there(run, tmp_path):
