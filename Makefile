@@ -7,8 +7,6 @@ ifneq ($(shell $(PYTHON) -V),$(shell $(PY) -V 2>/dev/null))
 .PHONY: .venv/run
 endif
 endif
-# Tests start many processes: each would compile our modules anew.
-unexport PYTHONDONTWRITEBYTECODE
 # Large pages make XLA's buffers on a CPU a third cheaper to touch; glibc alone reads this, elsewhere it does nothing.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 

@@ -9,6 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
+# Tests start many processes: each would compile our modules anew, and every worker the tests (see below).
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of the work of most tests, and how well it is done says nothing: nine tenths of it are spared here
 # and in processes that tests start. XLA's emitters of fused loops are slow to compile; from jaxlib 0.11 on there are no
@@ -36,6 +38,7 @@ from longlora_jax.config import Config
 from longlora_jax.model.decoder import Llama
 from longlora_jax.weights.hf import save_hf
 
+sys.dont_write_bytecode = False
 # Imports, and jax as it traces, make so many objects that the collector would take a quarter of the time.
 gc.set_threshold(100_000, 20, 20)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -54,7 +57,11 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """The collector leaves alone what is imported by now."""
-    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    """Nor does it go through what the tests have left, five times, for exceptions that nobody sees any more."""
     gc.freeze()
 
 

@@ -246,8 +246,11 @@ def _python_files(path: str) -> tuple[Path, list[str]]:
     root = Path(path or standard_library())
     if not root.is_dir():
         raise UserError(f"the folder {root} does not exist: name a folder of Python sources.")
-    names = sorted(file.relative_to(root).as_posix() for file in root.rglob("*.py"))
-    return root, [name for name in names if not _is_skipped(name)]
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]  # not walked at all: they may be large
+        names += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+    return root, [name for name in sorted(names) if not _is_skipped(name)]
 
 
 def _is_skipped(name: str) -> bool:

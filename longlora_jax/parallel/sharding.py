@@ -157,8 +157,7 @@ def place_weights(
                 continue
             rows = NamedSharding(sharding.mesh, _row_spec(rule, sharding.mesh))
             shape = (config.num_hidden_layers,) * rule.layered + rule.shape
-            leaf = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
-            put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+            leaf, put = _place_for(shape, dtype, sharding)
             for i, name in enumerate(rule.names(config.num_hidden_layers)):
                 leaf = put(leaf, _read_block(table[name], rule, rows, read), i)
                 leaf.block_until_ready()  # else tensors that wait for their transfer pile up on the host
@@ -171,9 +170,7 @@ def _place_packed(config: ModelConfig, table: Table, rule: Rule, shardings, q: Q
     layout = Layout.of(rule.hf_shape, q)
     leaves, puts = {}, {}
     for part, (shape, dtype) in layout.shapes(q).items():
-        zeros = functools.partial(jnp.zeros, (config.num_hidden_layers, *shape), dtype)
-        leaves[part] = jax.jit(zeros, out_shardings=shardings[part])()
-        puts[part] = jax.jit(_put, donate_argnums=0, out_shardings=shardings[part])
+        leaves[part], puts[part] = _place_for((config.num_hidden_layers, *shape), dtype, shardings[part])
     for i, name in enumerate(rule.names(config.num_hidden_layers)):
         for part, block in _read_packed(table[name], layout, q, shardings["codes"].mesh, read).items():
             leaves[part] = puts[part](leaves[part], block, i)
@@ -227,6 +224,19 @@ def _row_spec(rule: Rule, mesh: Mesh) -> P:
 def _read_block(tensor: Tensor, rule: Rule, sharding: NamedSharding, read) -> jax.Array:
     array = rule.to_ours(read(tensor))  # a view: what no device here asks for is not read
     return jax.make_array_from_callback(rule.shape, sharding, lambda index: array[index])
+
+
+def _place_for(shape: tuple[int, ...], dtype, sharding: NamedSharding):
+    """(a leaf of zeros, what writes block i into it)."""
+    zeros, put = _placing(shape, jnp.dtype(dtype), sharding)
+    return zeros(), put
+
+
+@functools.lru_cache(maxsize=256)
+def _placing(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding):
+    """The two programs of _place_for: who reads several models of one shape, or one several times, compiles once."""
+    zeros = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+    return zeros, jax.jit(_put, donate_argnums=0, out_shardings=sharding)
 
 
 def _put(leaf, block, i):

@@ -1,6 +1,7 @@
 """From a config to what a run is made of: resolved config, model, windows of data, state on the mesh."""
 
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -305,10 +306,7 @@ def initial_state(config: Config, model: Llama, mesh):
         assert config.model is not None  # resolve() filled it
         table = with_rows(config.model, load.open_model(config.init_from).table)
         base = sharding.place_weights(config.model, table, shardings, dtypes, model.quantization)
-        is_new = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("lora_"), shapes)
-        fresh = trainable.partition(shardings, is_new)[0]
-        adapters = jax.jit(lambda key: trainable.partition(init_params(model, key), is_new)[0], out_shardings=fresh)
-        params = trainable.combine(adapters(key), base)
+        params = trainable.combine(_fresh_adapters(model, mesh)(key), base)
     else:
 
         def random(key):
@@ -320,6 +318,16 @@ def initial_state(config: Config, model: Llama, mesh):
     # The step leaves its scalars on the whole mesh: begun elsewhere, the second step would compile anew.
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, everywhere), state), frozen
+
+
+@functools.lru_cache(maxsize=4)
+def _fresh_adapters(model: Llama, mesh):
+    """What draws the adapters of a model on the mesh, and nothing else, from a key; compiled once."""
+    shapes = abstract_params(model)
+    shardings = sharding.weight_shardings(mesh, logical_axes(model), shapes)
+    is_new = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith("lora_"), shapes)
+    fresh = trainable.partition(shardings, is_new)[0]
+    return jax.jit(lambda key: trainable.partition(init_params(model, key), is_new)[0], out_shardings=fresh)
 
 
 def abstract_state(config: Config, model: Llama, mesh=None):

@@ -75,7 +75,7 @@ CASES = {  # name: (pattern, mesh, (B, T, N, K), what is exchanged)
 SLOW = ("one group a shard", "half a group, two shards", "odd heads", "full, fewer heads than shards", "wrap")
 SLOW += ("full, odd heads", "cuts inside groups", "full, kv heads that cannot be shared out", "full, 9 heads")
 SLOW += ("full, shards without halves",)
-SLOW += ("a quarter of a group", "swap", "an ablation")
+SLOW += ("a quarter of a group", "swap", "an ablation", "whole groups", "half a group", "full", "heads over tensor")
 
 
 @pytest.mark.parametrize(

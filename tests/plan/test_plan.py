@@ -187,7 +187,7 @@ def test_the_estimate_is_within_7_percent_of_the_compilers(row):
         pytest.param((4, 2, 1), "s2", 1, 8, marks=pytest.mark.slow),
         ((1, 8, 1), "s2", 2, 8),
         ((2, 2, 2), "full", 1, 8),
-        ((1, 8, 1), "full", 1, 4),  # a ring
+        pytest.param((1, 8, 1), "full", 1, 4, marks=pytest.mark.slow),  # a ring
     ],
 )
 def test_what_is_sent_by_formula_is_what_the_compiler_sends(axes, pattern, accumulation, heads):

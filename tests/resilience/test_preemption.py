@@ -96,9 +96,12 @@ def watched(
             {"grace": 0.5},
             "error: step 2 is done, and nothing has moved for 0.5 seconds after it was asked to end",
         ),
-        ("ending", 1, {"number": signal.SIGINT}, ""),
+        pytest.param("ending", 1, {"number": signal.SIGINT}, "", marks=pytest.mark.slow),
         ("loading", 1, {"number": signal.SIGINT}, "error: Ctrl-C before the first step: nothing to save"),
-        ("hanging", 2, {"number": signal.SIGINT}, "error: a second Ctrl-C: ended without waiting for the save"),
+        pytest.param(
+            *("hanging", 2, {"number": signal.SIGINT}, "error: a second Ctrl-C: ended without waiting for the save"),
+            marks=pytest.mark.slow,
+        ),
         ("hanging", 0, {"stall": 1}, "error: step 2 is done, and nothing has moved for 1 seconds"),
     ],
     ids=[

@@ -68,7 +68,8 @@ def logits(model, tokens):
 
 
 @pytest.mark.parametrize(
-    "kind, folder", [("nf4", "plain"), ("nf4_double", "nf4_double"), pytest.param("fp4", "fp4", marks=pytest.mark.slow)]
+    "kind, folder",
+    [("nf4", "plain"), *(pytest.param(kind, kind, marks=pytest.mark.slow) for kind in ("nf4_double", "fp4"))],
 )
 def test_logits_are_those_of_transformers_and_bitsandbytes(folders, kind, folder):
     """Catches: a base that is quantized otherwise than bitsandbytes would, a kernel that is turned on its way in."""

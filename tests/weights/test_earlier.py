@@ -9,6 +9,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from runs import read_metrics
@@ -37,7 +38,7 @@ def earlier(tmp_path_factory) -> Path:
 def test_earlier_folders_are_the_same_model(kind, earlier):
     """Catches: a file format, a name of a weight or a field of config.json that changed under those who have one."""
     model = load_model(str(earlier / kind))
-    logits = Llama(model.config).apply({"params": model.merged()}, np.arange(20)[None])
+    logits = jax.jit(Llama(model.config).apply)({"params": model.merged()}, np.arange(20)[None])
     expected = json.loads((earlier / "logits.json").read_text())[kind]
     np.testing.assert_allclose(np.asarray(logits)[0, -1, :8], expected, rtol=1e-5, atol=1e-5)
 
@@ -45,7 +46,7 @@ def test_earlier_folders_are_the_same_model(kind, earlier):
 def test_an_earlier_adapter_is_read(earlier):
     """Catches: names inside adapter_model.safetensors that are no longer known."""
     config, lora, params = load_peft(str(earlier / "adapter"), base=str(earlier / "base"))
-    logits = Llama(config, lora=lora).apply({"params": params}, np.arange(20)[None])
+    logits = jax.jit(Llama(config, lora=lora).apply)({"params": params}, np.arange(20)[None])
     expected = json.loads((earlier / "logits.json").read_text())["workdir"]
     np.testing.assert_allclose(np.asarray(logits)[0, -1, :8], expected, rtol=1e-5, atol=1e-5)
 

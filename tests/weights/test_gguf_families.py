@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_a_file_is_the_model_it_was_written_from(name, computed, written):
     if not computed:
         return
     params = build_params(config, table)
-    got = Llama(config).apply({"params": params}, jnp.asarray(TOKENS, jnp.int32))
+    got = jax.jit(Llama(config).apply)({"params": params}, jnp.asarray(TOKENS, jnp.int32))
     with torch.no_grad():
         logits = torch_model(folder)(torch.tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(got, logits, rtol=0, atol=1e-4)

@@ -1,6 +1,6 @@
 """Damaged and hostile inputs of convert_weights.py: each is refused in one line, nothing is written, nothing is run.
 
-Seeded: every run tries the same cases, the quick tests every fourth and the slow ones all. Where damage may be
+Seeded: every run tries the same cases, the quick tests every eighth and the slow ones all. Where damage may be
 harmless, what is read is what another reader reads.
 """
 
@@ -88,7 +88,7 @@ PERHAPS = {"from-hf": {flips: 850}, "from-gguf": {gguf_flips: 290}}
 SOURCES = {"from-hf": "source", "to-hf": "source", "from-gguf": "source/m.gguf"}
 
 
-STEPS = [pytest.param(4, id="every fourth"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+STEPS = [pytest.param(8, id="every eighth"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 
 
 def every(families: dict) -> list[tuple]:
@@ -257,7 +257,7 @@ def test_a_link_to_an_empty_folder_is_filled(place):
     assert sorted(os.listdir()) == ["hf", "out", "there"]
 
 
-@pytest.mark.parametrize("files", [10, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("files", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_what_a_stop_left_is_mended_or_refused(files, place):
     """Catches: a conversion that can never be ended, or that takes over what was damaged."""
     rng, done = random.Random("resumed"), 0
