@@ -89,7 +89,7 @@ def test_sets_by_blocks_are_the_whole(case):
     same(case, 6, 2, 4, **F32)
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], pytest.param(CASES[1], marks=pytest.mark.slow)], ids=str)
 def test_sets_by_splash_are_the_whole(case, interpreted):
     """Catches, beside those: a scale that is missing from a gradient, lanes of one array in another's place."""
     same(case, 4, 2, 8, rtol=1e-5, atol=3e-5)  # as test_attend.py's, for the same kernel

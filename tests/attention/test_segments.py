@@ -107,7 +107,7 @@ def test_every_document_has_one_slot(monkeypatch, seed):
 @pytest.mark.parametrize(
     ("pattern", "n", "kv_heads"),
     [
-        (FULL, 4, 2),
+        pytest.param(FULL, 4, 2, marks=pytest.mark.slow),
         (Pattern("s2", 37), 6, 1),  # the cut of the heads is inside of the kv group
         pytest.param(Pattern("s2", 45, full_below=15), 2, 2, marks=pytest.mark.slow),
         pytest.param(Pattern("s2_swap", 45), 2, 2, marks=pytest.mark.slow),

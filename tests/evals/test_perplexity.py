@@ -282,11 +282,12 @@ def test_untrained_scaling_equals_transformers(folder, files, documents, tmp_pat
     out = tmp_path / "out.json"
     flags = ["--rope_type", "linear"] + ([] if factor is None else ["--rope_factor", str(factor)])
     common = ["--model", str(folder), "--data", files[0], "--max_windows", "1", "--json", str(out)]
-    perplexity.main([*common, "--seq_len", "32,80", *flags])
+    lengths = (80,) if factor else (WINDOW, 80)
+    perplexity.main([*common, "--seq_len", ",".join(map(str, lengths)), *flags])
     written = json.loads(out.read_text())
     assert written["rope_override"] == {"rope_type": "linear", "rope_factor": factor}
-    for row, ratio in zip(written["results"], (1, 80 / WINDOW), strict=True):
-        used = factor or math.ceil(ratio)
+    for row, seq_len in zip(written["results"], lengths, strict=True):
+        used = factor or math.ceil(seq_len / WINDOW)
         nll = target_nll(folder, documents[0][: row["seq_len"]], rope_type="linear", factor=float(used))
         np.testing.assert_allclose(row["nll"], nll.mean(), **CLOSE)
         assert row["rope"] is None if used == 1 else row["rope"]["factor"] == used

@@ -60,7 +60,7 @@ def loss_and_gradients(model: Llama, params, batch):
 
 
 # Each case once; the other half is slow, as all are compiled anew.
-PACKED = ("s2", "heads that do not divide", "groups over context", "full over context")
+PACKED = ("s2", "heads that do not divide", "groups over context", "full over context", "tensor")
 SLOW = (
     "s2",
     "s2, four heads a chunk",
@@ -69,6 +69,7 @@ SLOW = (
     "half a group over context",
     "full",
     "full over context",
+    "heads that do not divide",
 )  # others have what these have
 
 

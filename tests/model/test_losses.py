@@ -102,7 +102,7 @@ def test_a_frozen_kernel_costs_nothing(train_kernel):
     assert (6, V) in built  # the walk sees the logits of a chunk, so it would see the sums as well
     assert ((D, V) in built) == train_kernel
     ours = jax.tree.leaves(jax.jit(gradients)(hidden, kernel))
-    oracle = jax.grad(lambda h, k: dense(h, k, targets, weights)[0], argnums=(0, 1))(hidden, kernel)
+    oracle = jax.jit(jax.grad(lambda h, k: dense(h, k, targets, weights)[0], argnums=(0, 1)))(hidden, kernel)
     for x, y in zip(ours, oracle, strict=False):
         np.testing.assert_allclose(x, y, **F32)
 
@@ -149,7 +149,7 @@ def test_a_masked_target_may_be_anything(ignored):
 def test_count_is_the_sum_of_weights_and_takes_no_gradient():
     """A count that trains: the mean would then reward masking."""
     hidden, kernel, targets, weights = example_batch(8, 2, 9)
-    count, gradient = jax.value_and_grad(lambda h: cross_entropy(h, kernel, targets, weights)[1])(hidden)
+    count, gradient = jax.jit(jax.value_and_grad(lambda h: cross_entropy(h, kernel, targets, weights)[1]))(hidden)
     assert count == pytest.approx(weights.sum())
     assert not gradient.any()
 
@@ -170,7 +170,7 @@ def test_bfloat16_hidden_keeps_a_float32_loss():
     hidden, kernel = jnp.asarray(hidden, jnp.bfloat16), np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float32)
     graded = jax.value_and_grad(functools.partial(cross_entropy, chunk=50), argnums=(0, 1), has_aux=True)
     (total, _), (d_hidden, d_kernel) = jax.jit(graded)(hidden, kernel, targets, weights)
-    oracle = jax.value_and_grad(lambda h, k: dense(h, k, targets, weights)[0], argnums=(0, 1))
+    oracle = jax.jit(jax.value_and_grad(lambda h, k: dense(h, k, targets, weights)[0], argnums=(0, 1)))
     expected, (eh, ek) = oracle(np.asarray(hidden, np.float32), kernel)
     assert total.dtype == d_kernel.dtype == jnp.float32 and d_hidden.dtype == jnp.bfloat16
     np.testing.assert_allclose(total, expected, rtol=1e-5)  # products of bfloat16 numbers are exact in float32

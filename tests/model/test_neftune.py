@@ -58,7 +58,10 @@ def test_it_is_added_to_the_embeddings_and_nowhere_else(monkeypatch):
     monkeypatch.setattr(model_room, "neftune_noise", lambda key, x, alpha, segments: jnp.broadcast_to(shift, x.shape))
     table = PARAMS["embed_tokens"]["embedding"]
     moved = PARAMS | {"embed_tokens": {"embedding": table + jnp.broadcast_to(shift, table.shape)}}
-    logits = lambda alpha, params: MODELS[alpha].apply({"params": params}, BATCH["tokens"], rngs={"dropout": KEY})  # noqa: E731
+
+    def logits(alpha, params):
+        return jax.jit(MODELS[alpha].apply)({"params": params}, BATCH["tokens"], rngs={"dropout": KEY})
+
     np.testing.assert_array_equal(logits(ALPHA, PARAMS), logits(0.0, moved))
 
 

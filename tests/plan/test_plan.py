@@ -124,9 +124,10 @@ def compiled_step(mesh, pattern, seq_len, **options):
 
 
 @needs_8
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "context, group",
-    [(4, 32), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((4, 64), (8, 64)))],
+    [(4, 32), (4, 64), (8, 64)],
     ids=["groups", "one group", "half a group"],
 )
 def test_s2_gathers_no_activation_and_sends_what_the_formula_says(context, group):
