@@ -1,7 +1,7 @@
 """Damaged and hostile inputs of convert_weights.py: each is refused in one line, nothing is written, nothing is run.
 
-Seeded: every run tries the same cases, the quick tests every eighth and the slow ones all. Where damage may be
-harmless, what is read is what another reader reads.
+Seeded: every run tries the same cases, the quick tests one of 8, or of 4 where damage may be harmless, the slow ones
+all. Where it was harmless, what is read is what another reader reads.
 """
 
 import contextlib
@@ -88,7 +88,9 @@ PERHAPS = {"from-hf": {flips: 850}, "from-gguf": {gguf_flips: 290}}
 SOURCES = {"from-hf": "source", "to-hf": "source", "from-gguf": "source/m.gguf"}
 
 
-STEPS = [pytest.param(8, id="every eighth"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+def steps(quick: int) -> list:
+    """One case of so many in the quick tests, all in the slow ones."""
+    return [pytest.param(quick, id=f"one of {quick}"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 
 
 def every(families: dict) -> list[tuple]:
@@ -105,7 +107,7 @@ def test_there_are_thousands_of_cases():
     assert sum(count for *_, count in every(REFUSED) + every(PERHAPS)) > 10_000
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", steps(8))
 @pytest.mark.parametrize(("command", "family", "count"), every(REFUSED), ids=name_of)
 def test_damage_is_refused(command, family, count, step, place):
     """Catches: a traceback, many lines, half a folder, a command run, memory or time that a number in a file sets."""
@@ -119,7 +121,7 @@ def test_damage_is_refused(command, family, count, step, place):
     assert len(seen) >= count // step
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", steps(4))
 @pytest.mark.parametrize(("command", "family", "count"), every(PERHAPS), ids=name_of)
 def test_damage_is_refused_or_read_as_others_read_it(command, family, count, step, place):
     """Catches: one wrong byte after which other weights are read, or the same ones under another name."""
