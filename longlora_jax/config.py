@@ -213,16 +213,8 @@ def validate(config: Config) -> None:
             f"base_quantization={config.base_quantization} keeps the base as codes, which have no gradient, and mode="
             "'full' trains it: set mode to longlora or lora, or base_quantization to none"
         )
-    if config.base_quantization != "none" and config.chunks > 1 and config.remat == "none":
-        faults.append(
-            f"chunks={config.chunks} with remat='none' would keep every layer's matrices unpacked: set remat to block "
-            "or offload, or chunks to 1"
-        )
-    if config.chunks > 1 and config.remat == "dots":
-        faults.append(
-            f"chunks={config.chunks} computes a chunk's matrix products again, and remat='dots' would keep them: set "
-            "remat to attention or block, or chunks to 1"
-        )
+    if fault := remat_fault(config):
+        faults.append(fault)
     if unknown := set(config.lora.targets) - {*ATTENTION_TARGETS, *MLP_TARGETS}:
         known = ", ".join((*ATTENTION_TARGETS, *MLP_TARGETS))
         faults.append(f"lora.targets holds {one_line(', '.join(sorted(unknown)), 200)}: use names out of {known}")
@@ -233,6 +225,21 @@ def validate(config: Config) -> None:
     faults += _rate_faults(config.optim, config.mode)
     if faults:
         raise UserError("; ".join(faults))
+
+
+def remat_fault(config: Config) -> str:
+    """Why a config's remat does not go with its chunks; "" if it does."""
+    if config.chunks > 1 and config.remat == "none" and config.base_quantization != "none":
+        return (
+            f"chunks={config.chunks} with remat='none' would keep every layer's matrices unpacked: set remat to block "
+            "or offload, or chunks to 1"
+        )
+    if config.chunks > 1 and config.remat == "dots":
+        return (
+            f"chunks={config.chunks} computes a chunk's matrix products again, and remat='dots' would keep them: set "
+            "remat to attention or block, or chunks to 1"
+        )
+    return ""
 
 
 def _rate_faults(optim: OptimConfig, mode: str) -> list[str]:
