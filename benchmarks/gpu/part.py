@@ -72,6 +72,21 @@ def memory_limit() -> int:
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)
 
 
+def random_leaves(tree: Any) -> Any:
+    """Small random arrays for a tree of jax.ShapeDtypeStruct, leaf by leaf: no more than they is ever held."""
+    import jax
+
+    keys = iter(jax.random.split(jax.random.key(0), 1000))
+
+    def leaf(x):
+        def draw(key):
+            return (jax.random.normal(key, x.shape, x.dtype) * 0.02).astype(x.dtype)
+
+        return jax.jit(draw, out_shardings=x.sharding)(next(keys))
+
+    return jax.tree.map(leaf, tree)
+
+
 def milliseconds(run: Callable[[], Any], wait: Callable[[Any], Any], fill: float = 0.06) -> dict[str, float]:
     """{"ms", "ms_min"}: median and best of five measurements, each of enough runs to fill so many seconds."""
 

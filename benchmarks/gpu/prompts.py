@@ -10,7 +10,7 @@ import statistics
 import time
 from typing import NamedTuple
 
-from benchmarks.gpu.part import Part, jax_device, memory_limit
+from benchmarks.gpu.part import Part, jax_device, memory_limit, random_leaves
 
 NEW = 32
 
@@ -25,21 +25,6 @@ class Prompt(NamedTuple):
 
 PROMPTS = [Prompt(m, t, c) for m in ("smollm2", "7b") for t in (16_384, 98_304) for c in (512, 4096)]
 TINY = [Prompt("tiny", 512, 128)]
-
-
-def filled(model, dtype):
-    """Random weights of a model in dtype, filled leaf by leaf."""
-    import jax
-
-    from longlora_jax.model.decoder import abstract_params
-
-    shapes = abstract_params(model)
-    keys = iter(jax.random.split(jax.random.key(0), 1000))
-
-    def draw(key, shape):
-        return (jax.random.normal(key, shape, dtype) * 0.02).astype(dtype)
-
-    return jax.tree.map(lambda x: jax.jit(draw, static_argnums=1)(next(keys), x.shape), shapes)
 
 
 def main() -> None:
@@ -69,7 +54,8 @@ def main() -> None:
         if case.model not in held:
             held.clear()
             model = Llama(MODELS[case.model], dtype=jnp.dtype(dtype))
-            held[case.model] = model, filled(model, jnp.dtype(dtype))
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(model))
+            held[case.model] = model, random_leaves(shapes)
         model, params = held[case.model]
         prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, case.tokens)
         session = Session(model, params, 1, case.tokens + NEW, chunk=case.chunk)

@@ -10,7 +10,7 @@ import functools
 import statistics
 import time
 
-from benchmarks.gpu.part import Part, jax_device, memory_limit
+from benchmarks.gpu.part import Part, jax_device, memory_limit, random_leaves
 
 
 def filled(config, model, mesh):
@@ -21,23 +21,15 @@ def filled(config, model, mesh):
     from longlora_jax.training import run
 
     state, frozen = run.abstract_state(config, model, mesh)
-    keys = iter(jax.random.split(jax.random.key(0), 1000))
-
-    def normal(x):
-        def draw(key):
-            return (jax.random.normal(key, x.shape, x.dtype) * 0.02).astype(x.dtype)
-
-        return jax.jit(draw, out_shardings=x.sharding)(next(keys))
 
     def zeros(x):
         return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
 
-    def leaf(path, x):
-        return zeros(x) if path[-1].key == "lora_b" else normal(x)
-
-    trained = jax.tree_util.tree_map_with_path(leaf, state.trainable)
+    trained = jax.tree_util.tree_map_with_path(
+        lambda path, x: zeros(x) if path[-1].key == "lora_b" else x, random_leaves(state.trainable)
+    )
     state = jax.tree.map(zeros, state.replace(trainable=None)).replace(trainable=trained)
-    return state, jax.tree.map(normal, frozen)
+    return state, random_leaves(frozen)
 
 
 def main() -> None:
