@@ -44,9 +44,8 @@ class Reader:
         stretch: Callable[[ModelConfig], ModelConfig] = lambda config: config,
     ):
         self._opened = open_model(path, quantize=quantize)
-        self._opened = self._opened._replace(config=stretch(self._opened.config))
         self._dtype, self._batch_size = dtype, batch_size
-        self.config = self._opened.config
+        self.config = stretch(self._opened.config)
         folder = self._opened.tokenizer_dir
         self.weights = weights_of(path, folder)
         self.tokenizer = load_tokenizer(folder)
@@ -108,7 +107,7 @@ class Reader:
 
     @functools.cached_property
     def _model(self):
-        return load_for_generation(self._opened, self._dtype)
+        return load_for_generation(self._opened._replace(config=self.config), self._dtype)
 
 
 def before_any(text: str, stops: Sequence[str]) -> str:

@@ -1,7 +1,5 @@
 """Evaluations end an answer where its run ended answers, also by a text that is no token."""
 
-from types import SimpleNamespace
-
 import pytest
 from chats import CHATML, template_folder
 from tiny import tiny_config
@@ -9,6 +7,7 @@ from tiny import tiny_config
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat import ChatFormat
 from longlora_jax.evals import reader
+from longlora_jax.weights.load import OpenModel
 
 
 @pytest.mark.parametrize(("stops", "wanted"), [((), "Jane.<|end|>x"), (("<|end|>",), "Jane.")])
@@ -17,7 +16,12 @@ def test_an_answer_is_cut_where_its_stop_begins(stops, wanted, tmp_path, monkeyp
     folder = template_folder(tmp_path, CHATML)
     tokenizer = load_tokenizer(folder)
     chat = ChatFormat(CHATML, {}, (5,), "", stops)
-    opened = SimpleNamespace(config=tiny_config(vocab_size=500), tokenizer_dir=folder, chat_format=lambda: chat)
+
+    class Opened(OpenModel):
+        def chat_format(self) -> ChatFormat:
+            return chat
+
+    opened = Opened(tiny_config(vocab_size=500), {}, folder)
     monkeypatch.setattr(reader, "open_model", lambda path, quantize: opened)
     monkeypatch.setattr(reader, "weights_of", lambda *_: "")
     monkeypatch.setattr(reader, "load_for_generation", lambda *_: ())
