@@ -23,7 +23,6 @@ ORDER: dict[str, tuple[str, ...] | None] = {
         "segments",
         "blockwise",
         "kernels",
-        "chunk",
         "partial",
         "ring",
         "attend",

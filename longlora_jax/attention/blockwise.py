@@ -3,6 +3,9 @@
 Blocks of scores are made, used and dropped, blocks above the diagonal or before the window are never visited, and the
 backward pass recomputes scores from the saved log-sum-exp of each row. Keys may be others than the queries' own: all of
 them are seen then, and the log-sum-exp joins them with more (partial.py).
+
+Sums are a softmax that is not yet divided: (weighted values [..., H], the score [...] that weights are relative to, sum
+of weights [...]), the largest score so far or the logarithm of all weights.
 """
 
 import functools
@@ -39,14 +42,14 @@ def blockwise_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: 
 
 
 def blockwise_sums(q, k, v, segments_q, segments_k, rules: Rules, block: int | None = None):
-    """Attention of q [Z, T, N, H] over k and v [Z, S, K, H]: (out, as q; log-sum-exp [Z, N, T] f32).
+    """Attention of q [Z, T, N, H] over k and v [Z, S, K, H]: (out, as q; log-sum-exp [Z, T, N] f32).
 
     S is T where rules are causal. segments_q: [Z, T] and segments_k: [Z, S], or both None. The log-sum-exp of a query
     that sees nothing is about MASKED, or below.
     """
     t, n = q.shape[1:3]
     out, log_total = _forward(*_cut(q, k, v, segments_q, segments_k, rules, block), rules)
-    return _whole(out, n)[:, :t], _whole(log_total[..., None], n)[:, :t, :, 0].swapaxes(1, 2)
+    return _whole(out, n)[:, :t], _whole(log_total[..., None], n)[:, :t, :, 0]
 
 
 def blockwise_gradients(q, k, v, segments_q, segments_k, sums, d_out, rules: Rules, block: int | None = None):
@@ -54,11 +57,10 @@ def blockwise_gradients(q, k, v, segments_q, segments_k, sums, d_out, rules: Rul
     (t, n), (s, kv_heads) = q.shape[1:3], k.shape[1:3]
     cut = _cut(q, k, v, segments_q, segments_k, rules, block)
     out, log_total = sums
-    log_total = log_total.swapaxes(1, 2)[..., None]
     # Queries that are padding get no weights: what they lack to a sum is more than float32 has.
-    padded = [(out, 0), (log_total, -MASKED), (d_out, 0)]
+    given = [(out, 0), (log_total[..., None], -MASKED), (d_out, 0)]
     side, count = _side(t, rules, block), cut[0].shape[0]
-    out, log_total, d_out = (_fold(_padded(x, side, fill), count, kv_heads) for x, fill in padded)
+    out, log_total, d_out = (_fold(padded(x, side, fill), count, kv_heads) for x, fill in given)
     d_q, d_k, d_v = _backward(*cut, out, log_total[..., 0], d_out, rules)
     return _whole(d_q, n)[:, :t], _whole(d_k, kv_heads)[:, :s], _whole(d_v, kv_heads)[:, :s]
 
@@ -69,9 +71,9 @@ def _side(tokens: int, rules: Rules, block: int | None) -> int:
     return min(tokens, block or min(max(min(tokens, rules.window or tokens) // 8, 64), 512))
 
 
-def _padded(x, side: int, fill=0):
-    """x [Z, T, ...] filled up to whole blocks."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % side), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+def padded(x, side: int, fill: float = 0, axis: int = 1):
+    """x filled up to a multiple of side along an axis."""
+    return jnp.pad(x, [(0, -n % side if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=fill)
 
 
 def _fold(x, count: int, kv_heads: int):
@@ -100,13 +102,41 @@ def _cut(q, k, v, segments_q, segments_k, rules: Rules, block: int | None):
     # Without a mask, keys that are padding are another segment's; with one, they lie in the future of every real query.
     if segments_k is None and not rules.causal and s % side_k:
         segments_q, segments_k = (jnp.zeros(x.shape[:2], jnp.int32) for x in (q, k))
-    q, k, v = _padded(q, side_q), _padded(k, side_k), _padded(v, side_k)
+    q, k, v = padded(q, side_q), padded(k, side_k), padded(v, side_k)
     count_q, count_k = q.shape[1] // side_q, k.shape[1] // side_k
     if segments_k is not None:
-        segments_q = _padded(segments_q, side_q).reshape(-1, count_q, side_q).swapaxes(0, 1)
-        segments_k = _padded(segments_k, side_k, NOBODY).reshape(-1, count_k, side_k).swapaxes(0, 1)
+        segments_q = padded(segments_q, side_q).reshape(-1, count_q, side_q).swapaxes(0, 1)
+        segments_k = padded(segments_k, side_k, NOBODY).reshape(-1, count_k, side_k).swapaxes(0, 1)
     q, k, v = _fold(q, count_q, kv_heads), _fold(k, count_k, kv_heads), _fold(v, count_k, kv_heads)
     return q, k, v, segments_q, segments_k
+
+
+def nothing(shape):
+    """Sums of no keys for queries of a shape [..., H]."""
+    rows = shape[:-1]
+    return jnp.zeros(shape, jnp.float32), jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
+
+
+def scores_of(q, k, softcap: float):
+    """Scaled, capped scores [Z, K, ..., S] in float32 of q [Z, K, ..., H], by kv head, and k [Z, K, S, H]."""
+    scores = jnp.einsum("zk...h,zksh->zk...s", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+def add_block(sums, scores, values):
+    """Sums with those of a block more: scores [Z, K, ..., S], MASKED where they do not count; values [Z, K, S, H]."""
+    acc, top, total = sums
+    new_top = jnp.maximum(top, scores.max(-1))
+    # Where nothing was seen yet all weights are one: the first score that counts makes them vanish.
+    weights, decay = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+    new = jnp.einsum("zk...s,zksh->zk...h", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return acc * decay[..., None] + new, new_top, total * decay + weights.sum(-1)
+
+
+def divided(sums):
+    """(out, log-sum-exp) of sums."""
+    acc, top, total = sums
+    return acc / total[..., None], top + jnp.log(total)
 
 
 def _reach(window: int, block: int) -> tuple[int, int]:
@@ -119,10 +149,7 @@ def _scores(q, k, segments_q, segments_k, rules: Rules, back=None):
 
     back: how many blocks the keys lie before the queries, None where all of them may be seen.
     """
-    scores = jnp.einsum("zkqh,zksh->zkqs", q, k, preferred_element_type=jnp.float32)
-    scores *= 1.0 / math.sqrt(q.shape[-1])
-    if rules.softcap:
-        scores = rules.softcap * jnp.tanh(scores / rules.softcap)
+    scores = scores_of(q, k, rules.softcap)
     rows, block = scores.shape[-2:]
     allowed = None
     if back is not None:
@@ -154,33 +181,16 @@ def _forward(q, k, v, segments_q, segments_k, rules: Rules):
     def query_block(i):
         q_i, seg_i = _at(q, i), _at(segments_q, i)
 
-        def key_block(j, carry, back=None):
-            acc, top, total = carry
-            scores = _scores(q_i, _at(k, j), seg_i, _at(segments_k, j), rules, back)
-            new_top = jnp.maximum(top, scores.max(-1))
-            weights = jnp.exp(scores - new_top[..., None])
-            decay = jnp.exp(top - new_top)
-            acc = acc * decay[..., None] + jnp.einsum(
-                "zkqs,zksh->zkqh",
-                weights.astype(v.dtype),
-                _at(v, j),
-                preferred_element_type=jnp.float32,
-            )
-            return acc, new_top, total * decay + weights.sum(-1)
+        def key_block(j, sums, back=None):
+            return add_block(sums, _scores(q_i, _at(k, j), seg_i, _at(segments_k, j), rules, back), _at(v, j))
 
-        rows = q_i.shape[:-1]
-        start = (
-            jnp.zeros(q_i.shape, jnp.float32),
-            jnp.full(rows, MASKED, jnp.float32),
-            jnp.zeros(rows, jnp.float32),
-        )
-        whole = 0
+        start, whole = nothing(q_i.shape), 0
         if rules.window:
             whole, touched = (jnp.maximum(i - blocks, 0) for blocks in _reach(rules.window, k.shape[-2]))
             start = jax.lax.fori_loop(touched, whole, lambda j, carry: key_block(j, carry, i - j), start)
-        carry = jax.lax.fori_loop(whole, i if rules.causal else k.shape[0], key_block, start)
-        acc, top, total = key_block(i, carry, back=0) if rules.causal else carry
-        return (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
+        sums = jax.lax.fori_loop(whole, i if rules.causal else k.shape[0], key_block, start)
+        out, log_total = divided(key_block(i, sums, back=0) if rules.causal else sums)
+        return out.astype(q.dtype), log_total
 
     return jax.lax.map(query_block, jnp.arange(q.shape[0]))
 

@@ -165,7 +165,7 @@ def _window(q, k, v, pattern: Pattern, part: int, segment_ids, *, context: int):
         shares = [_from_the_left(x[:, -min(t, size - (hop - 1) * t) :], context, hop) for hop in hops]
         return jnp.flip(jnp.concatenate(shares, axis=1), 1)
 
-    there = jnp.minimum(jax.lax.axis_index("context") * t, size)  # since the row began
+    there = jnp.full(len(q), jnp.minimum(jax.lax.axis_index("context") * t, size))  # since the row began
     own = Keys(k, v, segment_ids)
     others = Keys(*jax.tree.map(before, own[:3]))
     # All queries see the nearest keys; of the rest, which are t at most, the first query sees all, the next one less.
@@ -223,7 +223,7 @@ def _after(before, q, k, v, segment_ids, softcap: float) -> Any:
     if slower_in_sets(q.shape, q.dtype, k.shape[2], segment_ids is not None, softcap):
         return _squared(before, q, k, v, segment_ids, softcap)
     k_before, v_before, segments_before = before
-    count = jnp.where(jax.lax.axis_index("context") == 0, 0, k_before.shape[1])
+    count = jnp.full(len(q), jnp.where(jax.lax.axis_index("context") == 0, 0, k_before.shape[1]))
     others = Keys(k_before, v_before, segments_before, count)
     sets = [(Keys(k, v, segment_ids), Queries(), Rules()), (others, Queries(), Rules(causal=False))]
     return attend_sets(q, segment_ids, sets, softcap)

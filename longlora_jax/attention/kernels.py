@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlora_jax.attention.blockwise import blockwise_attention
+from longlora_jax.attention.blockwise import NOBODY, Rules, blockwise_attention, padded
 from longlora_jax.attention.segments import segmented_attention, segments_fault
 
 log = logging.getLogger(__name__)
@@ -164,36 +164,51 @@ def causal_mask(t: int, window: int = 0):
 
 
 def splash_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: float = 0.0, interpret: bool = False):
-    """causal_attention by JAX's splash kernel for TPUs: rows padded to blocks, heads to the chip's 128 lanes.
+    """causal_attention by JAX's splash kernel for TPUs; interpret: run its program on any device, to test it."""
+    t, h = q.shape[1], q.shape[3]
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    options = {"residual_checkpoint_name": "attention", "interpret": interpret}
+    kernel, args = splash_kernel(q, k, v, segment_ids, segment_ids, Rules(True, window, softcap), **options)
+    out: Any = jax.vmap(kernel)(*args)
+    return out.swapaxes(1, 2)[:, :t, :, :h]
 
-    interpret: run the kernel's program on any device, to test it.
+
+def splash_kernel(q, k, v, segments_q, segments_k, rules: Rules, **options):
+    """JAX's splash kernel for a row, and its arguments: tokens padded to blocks, heads to the chip's 128 lanes.
+
+    q: [Z, N, T, H]; k, v: [Z, K, S, H], S is T where rules are causal; segments_q: [Z, T] and segments_k: [Z, S], or
+    both None. options: make_splash_mha's.
     """
     # Pallas for TPUs takes a second to import, and nothing else needs it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    z, t, n, h = q.shape
-    # Of a block as long as the window half is seen; smaller ones than 512 would cost more than they save.
-    largest = max(window, 512) if window else t
-    block = next((b for b in (1024, 512, 256) if min(t, largest) >= b and -t % b <= t // 16), 128)
-    pad, lanes = -t % block, -h % 128
-    q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, lanes))).swapaxes(1, 2) for x in (q, k, v))
+    def side(tokens: int) -> int:
+        # Of a block as long as the window half is seen; smaller ones than 512 would cost more than they save.
+        most = max(rules.window, 512) if rules.window else tokens
+        return next((b for b in (1024, 512, 256) if min(tokens, most) >= b and -tokens % b <= tokens // 16), 128)
+
+    (z, n, t, h), s = q.shape, k.shape[2]
+    side_q, side_k = side(t), side(s)
+    # Without a mask, keys that are padding are nobody's; with one, they lie in the future of every real query.
+    if segments_k is None and not rules.causal and s % side_k:
+        segments_q, segments_k = jnp.zeros((z, t), jnp.int32), jnp.zeros((z, s), jnp.int32)
     segments = None
-    if segment_ids is not None:  # padding lies in the future of every real query
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-        segments = splash.SegmentIds(q=segment_ids, kv=segment_ids)
+    if segments_k is not None:
+        segments = splash.SegmentIds(q=padded(segments_q, side_q), kv=padded(segments_k, side_k, NOBODY))
+    given = (q * jnp.asarray(1 / math.sqrt(h), q.dtype), side_q), (k, side_k), (v, side_k)
+    q, k, v = (padded(padded(x, side, axis=2), 128, axis=3) for x, side in given)
+    shape = q.shape[2], k.shape[2]
+    mask = causal_mask(shape[0], rules.window) if rules.causal else splash.FullMask(shape)
     kernel = splash.make_splash_mha(
-        mask=splash.MultiHeadMask([causal_mask(t + pad, window)] * n),
+        mask=splash.MultiHeadMask([mask] * n),
         block_sizes=splash.BlockSizes(
-            block_q=block, block_kv=block, block_kv_compute=block,
-            block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
-            block_q_dq=block, block_kv_dq=block,  # dq on its own: the fused kernel holds one dq for every kv block
+            block_q=side_q, block_kv=side_k, block_kv_compute=side_k,
+            block_q_dkv=side_q, block_kv_dkv=side_k, block_kv_dkv_compute=side_k,
+            block_q_dq=side_q, block_kv_dq=side_k,  # dq on its own: the fused kernel holds one dq for every kv block
         ),
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name="attention",
-        attn_logits_soft_cap=softcap or None,
-        interpret=interpret,
+        attn_logits_soft_cap=rules.softcap or None,
+        **options,
     )  # fmt: skip
-    q = q * jnp.asarray(1 / math.sqrt(h), q.dtype)
-    out: Any = jax.vmap(kernel)(q, k, v, segments) if segments is not None else jax.vmap(kernel)(q, k, v)
-    return out.swapaxes(1, 2)[:, :t, :, :h]
+    return kernel, (q, k, v, segments)

@@ -1,9 +1,13 @@
-"""Attention over several sets of keys, with gradients: each set by a kernel, joined by the log-sum-exp of their scores.
+"""Attention of some queries over a set of keys, and over several: joined by the log-sum-exp of their scores.
+
+A chunk of a prompt sees all that was read before and, of itself, what is not ahead; in training a shard sees keys of
+other devices beside its own. Each such set needs no mask or a causal one, so that a kernel computes it, whatever the
+position: JAX's splash attention on TPUs, cuDNN's flash attention on NVIDIA's GPUs. The sums of two sets (blockwise.py
+says what sums are) are put together as those of blocks are in FlashAttention (arXiv:2205.14135).
 
 What joins the results also parts the gradients: given the output and the log-sum-exp of all sets together, the backward
-pass of FlashAttention-2 (arXiv:2307.08691) finds the gradients of one set without the others. TPUs run JAX's splash
-attention and NVIDIA's GPUs cuDNN's flash attention; their functions for the backward pass alone are not public, so that
-another JAX than those known runs blockwise.py, and the log says so.
+pass of FlashAttention-2 (arXiv:2307.08691) finds the gradients of one set without the others. The functions for the
+backward pass alone are not public, so that another JAX than those known trains by blockwise.py, and the log says so.
 """
 
 import functools
@@ -15,10 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from longlora_jax.attention.blockwise import MASKED, NOBODY, Rules, blockwise_gradients, blockwise_sums
-from longlora_jax.attention.kernels import causal_mask, device_capability, gpu_fault, platform, say_once
+from longlora_jax.attention.blockwise import (
+    MASKED,
+    NOBODY,
+    Rules,
+    blockwise_gradients,
+    blockwise_sums,
+    divided,
+    padded,
+)
+from longlora_jax.attention.kernels import device_capability, gpu_fault, platform, say_once, splash_kernel
 from longlora_jax.attention.segments import jax_fault
 
+LEAST = 128  # queries of a chunk: a kernel's block; of fewer, the scores are small enough to be made
 _SPLASH_BACKWARD = (  # its parameters in JAX 0.10.2 and 0.11.2
     *("save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function"),
     *("attn_logits_soft_cap", "interpret", "res", "do"),
@@ -28,7 +41,7 @@ _SPLASH_BACKWARD = (  # its parameters in JAX 0.10.2 and 0.11.2
 class Keys(NamedTuple):
     """A set of keys and values [Z, S, K, H] for one kernel.
 
-    segments: [Z, S] int32, or None; count: int32 [], its first so many keys are seen, None: all.
+    segments: [Z, S] int32, or None; count: [Z] int32, a row sees its first so many keys, None: all.
     """
 
     k: jax.Array
@@ -88,36 +101,71 @@ def splash_fault() -> str:
     return f"splash's backward pass is not public, and that of JAX {jax.__version__} is not known"
 
 
-def sums_of(kernel: str, q, segments, keys: Keys, rules: Rules):
-    """Attention of q [Z, T, N, H] over a set of keys: (out, as q; log-sum-exp [Z, N, T] f32).
+def chunk_kernel(q_shape, dtype, kv_heads: int, keys: int, *, softcap: float = 0.0) -> str:
+    """Which kernel computes sums for q [Z, N, T, H] of a prompt and sets of so many keys: splash, cudnn, "" for none.
 
-    segments: [Z, T] or None, as the keys'. The log-sum-exp of a query that sees nothing is about MASKED, or below.
+    As causal_attention chooses, but that neither takes few tokens.
+    """
+    z, n, t, h = q_shape
+    if t < LEAST or keys % LEAST:
+        return ""
+    if platform() == "gpu":
+        options = {"softcap": softcap, "capability": device_capability()}
+        if not (fault := gpu_fault((z, t, n, h), dtype, kv_heads, False, **options)):
+            return "cudnn"
+        say_once(f"prompts are read by blocks of XLA's, not by cuDNN's attention: {fault}")
+        return ""
+    return "splash" if platform() == "tpu" else ""
+
+
+def sums_of(kernel: str, q, segments, keys: Keys, rules: Rules, *, heads_first: bool = False):
+    """Sums of q [Z, T, N, H] over a set of keys; their values are in q's dtype, all else is float32.
+
+    segments: [Z, T] or None, as the keys'. heads_first: q and out are [Z, N, T, H], keys and values [Z, K, S, H], as
+    caches have them. What sees nothing has no weight beside others: its log-sum-exp is about MASKED, or below.
+    """
+    tokens = 2 if heads_first else 1
+    if kernel == "cudnn":
+        out, log_total = _cudnn_sums(q, keys, rules, tokens)
+    else:
+        marks = _marks(segments, keys, q.shape[tokens], keys.k.shape[tokens])
+        run = {"splash": splash_sums, "blockwise": blockwise_sums}[kernel]
+        swap = tuple if heads_first == (kernel == "splash") else _swapped
+        out, log_total = swap(run(*swap((q, keys.k, keys.v)), *marks, rules))
+    return out, log_total, jnp.ones_like(log_total)
+
+
+def gradients_of(kernel: str, q, segments, keys: Keys, found, d_out, rules: Rules):
+    """Gradients for q, k and v of attention over a set of keys, and others; found: (out, log-sum-exp) of all together.
+
+    Shapes: as sums_of's, log-sum-exp [Z, T, N] and d_out as q.
     """
     if kernel == "cudnn":
-        return _cudnn_sums(q, keys, rules)
-    segments, keys = _marked(q, segments, keys)
-    run = {"splash": splash_sums, "blockwise": blockwise_sums}[kernel]
-    return run(q, keys.k, keys.v, segments, keys.segments, rules)
-
-
-def gradients_of(kernel: str, q, segments, keys: Keys, sums, d_out, rules: Rules):
-    """Gradients (q, k, v) of attention over a set of keys, and others; sums: (out, log-sum-exp) of all together."""
-    if kernel == "cudnn":
-        return _cudnn_gradients(q, keys, sums, d_out, rules)
-    segments, keys = _marked(q, segments, keys)
+        return _cudnn_gradients(q, keys, found, d_out, rules)
+    marks = _marks(segments, keys, q.shape[1], keys.k.shape[1])
     run = {"splash": splash_gradients, "blockwise": blockwise_gradients}[kernel]
-    return run(q, keys.k, keys.v, segments, keys.segments, sums, d_out, rules)
+    swap = _swapped if kernel == "splash" else tuple
+    q, k, v, found, d_out = swap((q, keys.k, keys.v, found, d_out))
+    return swap(run(q, k, v, *marks, found, d_out, rules))
 
 
 def join(one, other):
-    """The sums of two sets of keys together; out is float32."""
-    (out, log_total), (more, log_more) = one, other
-    both = jnp.logaddexp(log_total, log_more)
+    """The sums of two sets of keys together; float32."""
+    top = jnp.maximum(one[1], other[1])
+    left, right = jnp.exp(one[1] - top), jnp.exp(other[1] - top)
+    acc = one[0].astype(jnp.float32) * left[..., None] + other[0].astype(jnp.float32) * right[..., None]
+    return acc, top, one[2] * left + other[2] * right
 
-    def share(x, log_x):
-        return x.astype(jnp.float32) * jnp.exp(log_x - both).swapaxes(1, 2)[..., None]
 
-    return share(out, log_total) + share(more, log_more), both
+def join_over(sums, axes: tuple[str, ...]):
+    """The sums of what all devices along some axes of the mesh hold together, inside of shard_map; float32."""
+    if not axes:
+        return sums
+    acc, own, total = sums
+    top = jax.lax.pmax(own, axes)
+    share = jnp.exp(own - top)
+    acc, total = jax.lax.psum((acc * share[..., None], total * share), axes)
+    return acc, top, total
 
 
 def attend_sets(q, segments, sets, softcap: float):
@@ -136,41 +184,38 @@ def _attend_sets(q, segments, keys, queries, rules, kernel: str):
     return _sets_forward(q, segments, keys, queries, rules, kernel)[0]
 
 
-def _taken(x, queries: Queries, axis: int = 1):
-    """What of x belongs to those queries."""
+def _taken(x, queries: Queries):
+    """What of x [Z, T, ...] belongs to those queries."""
     if x is None:
         return None
-    x = jax.lax.slice_in_dim(x, 0, queries.first, axis=axis)
-    return jnp.flip(x, axis) if queries.turned else x
+    x = x[:, : queries.first]
+    return jnp.flip(x, 1) if queries.turned else x
 
 
-def _placed(x, queries: Queries, t: int, axis: int = 1, fill: float = 0.0):
+def _placed(x, queries: Queries, t: int, fill: float = 0):
     """_taken's x among t queries."""
-    x = jnp.flip(x, axis) if queries.turned else x
-    return jnp.pad(x, [(0, t - x.shape[i] if i == axis else 0) for i in range(x.ndim)], constant_values=fill)
+    return padded(jnp.flip(x, 1) if queries.turned else x, t, fill)
 
 
 def _sets_forward(q, segments, keys, queries, rules, kernel: str):
-    t, sums = q.shape[1], None
+    together = None
     for one, some, rule in zip(keys, queries, rules, strict=True):
-        out, log_total = sums_of(kernel, _taken(q, some), _taken(segments, some), one, rule)
-        found = _placed(out, some, t), _placed(log_total, some, t, axis=2, fill=MASKED)
-        sums = found if sums is None else join(sums, found)
-    assert sums is not None
+        sums = sums_of(kernel, _taken(q, some), _taken(segments, some), one, rule)
+        sums = tuple(_placed(x, some, q.shape[1], fill) for x, fill in zip(sums, (0, MASKED, 0), strict=True))
+        together = sums if together is None else join(together, sums)
+    out, log_total = divided(together)
     # Named for the remat policy that keeps them (model.REMAT), as the kernels of whole rows do.
-    out, log_total = checkpoint_name(sums[0].astype(q.dtype), "attention"), checkpoint_name(sums[1], "attention")
+    out, log_total = checkpoint_name(out.astype(q.dtype), "attention"), checkpoint_name(log_total, "attention")
     return out, (q, segments, keys, out, log_total)
 
 
 def _sets_backward(queries, rules, kernel: str, residuals, d_out):
-    q, segments, keys, out, log_total = residuals
+    q, segments, keys, *given = residuals
     d_q, d_keys = jnp.zeros(q.shape, jnp.float32), []
     for one, some, rule in zip(keys, queries, rules, strict=True):
-        sums = _taken(out, some), _taken(log_total, some, axis=2)
-        mine, d_k, d_v = gradients_of(
-            kernel, _taken(q, some), _taken(segments, some), one, sums, _taken(d_out, some), rule
-        )
-        d_q += _placed(mine, some, q.shape[1])
+        mine, of_mine, out, log_total, d_mine = (_taken(x, some) for x in (q, segments, *given, d_out))
+        d_one, d_k, d_v = gradients_of(kernel, mine, of_mine, one, (out, log_total), d_mine, rule)
+        d_q += _placed(d_one, some, q.shape[1])
         d_keys.append(Keys(d_k, d_v))
     return d_q.astype(q.dtype), None, tuple(d_keys)
 
@@ -178,76 +223,41 @@ def _sets_backward(queries, rules, kernel: str, residuals, d_out):
 _attend_sets.defvjp(_sets_forward, _sets_backward)
 
 
-def _marked(q, segments, keys: Keys):
-    """Segments that say which keys are seen, for kernels that take no count."""
+def _marks(segments, keys: Keys, t: int, s: int):
+    """Segments of t queries and s keys that say which keys are seen, for kernels that take no count."""
     if keys.count is None:
-        return segments, keys
+        return segments, keys.segments
+    z, theirs = len(keys.count), keys.segments
     if segments is None:
-        segments, theirs = jnp.zeros(q.shape[:2], jnp.int32), jnp.zeros(keys.k.shape[:2], jnp.int32)
-    else:
-        theirs = keys.segments
-        assert theirs is not None
-    theirs = jnp.where(jnp.arange(keys.k.shape[1])[None] < keys.count, theirs, NOBODY)
-    return segments, keys._replace(segments=theirs, count=None)
+        segments, theirs = jnp.zeros((z, t), jnp.int32), jnp.zeros((z, s), jnp.int32)
+    return segments, jnp.where(jnp.arange(s)[None] < keys.count[:, None], theirs, NOBODY)
 
 
-def _splash(q, k, v, segments_q, segments_k, rules: Rules, interpret: bool):
-    """JAX's splash kernel for a set of keys, its arguments, and how it wants what else is [Z, T, N, H]."""
-    # Pallas for TPUs takes a second to import, and nothing else needs it.
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    (t, n, h), s = q.shape[1:], k.shape[1]
-
-    def side(tokens):  # see kernels.splash_attention
-        most = max(rules.window, 512) if rules.window else tokens
-        return next((b for b in (1024, 512, 256) if min(tokens, most) >= b and -tokens % b <= tokens // 16), 128)
-
-    def pad(x, tokens=t, fill=0.0):
-        pads = (0, 0), (0, -tokens % side(tokens)), (0, 0), (0, -h % 128 if x.shape[-1] == h else 0)
-        return jnp.pad(x, pads, constant_values=fill).swapaxes(1, 2)
-
-    if segments_k is None and not rules.causal and s % side(s):
-        segments_q, segments_k = (jnp.zeros(x.shape[:2], jnp.int32) for x in (q, k))
-    q, k, v = pad(q * jnp.asarray(1 / math.sqrt(h), q.dtype)), pad(k, s), pad(v, s)
-    segments = None
-    if segments_k is not None:  # causal: padding lies in the future of every real query
-        segments_q = jnp.pad(segments_q, ((0, 0), (0, q.shape[2] - t)))
-        segments_k = jnp.pad(segments_k, ((0, 0), (0, k.shape[2] - s)), constant_values=NOBODY)
-        segments = splash.SegmentIds(q=segments_q, kv=segments_k)
-    shape = q.shape[2], k.shape[2]
-    mask = causal_mask(shape[0], rules.window) if rules.causal else splash.FullMask(shape)
-    kernel = splash.make_splash_mha(
-        mask=splash.MultiHeadMask([mask] * n),
-        block_sizes=splash.BlockSizes(
-            block_q=side(t), block_kv=side(s), block_kv_compute=side(s),
-            block_q_dkv=side(t), block_kv_dkv=side(s), block_kv_dkv_compute=side(s),
-            block_q_dq=side(t), block_kv_dq=side(s),
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-        save_residuals=True,
-        attn_logits_soft_cap=rules.softcap or None,
-        interpret=interpret,
-    )  # fmt: skip
-    return kernel, (q, k, v, segments), pad
+def _swapped(tree):
+    """Tokens and heads in each other's place."""
+    return jax.tree.map(lambda x: x.swapaxes(1, 2), tree)
 
 
 def splash_sums(q, k, v, segments_q, segments_k, rules: Rules, interpret: bool = False):
-    """blockwise_sums by JAX's splash kernel for TPUs; interpret: its program on any device, to test it."""
-    kernel, args, _ = _splash(q, k, v, segments_q, segments_k, rules, interpret)
+    """blockwise_sums by JAX's splash kernel for TPUs, heads before tokens in what is given and returned.
+
+    interpret: run the kernel's program on any device, to test it.
+    """
+    kernel, args = splash_kernel(q, k, v, segments_q, segments_k, rules, save_residuals=True, interpret=interpret)
     out, (log_total,) = jax.vmap(kernel)(*args)
-    t, h = q.shape[1], q.shape[3]
-    return out.swapaxes(1, 2)[:, :t, :, :h], log_total[:, :, :t]
+    t, h = q.shape[2:]
+    return out[:, :, :t, :h], log_total[:, :, :t]
 
 
-def splash_gradients(q, k, v, segments_q, segments_k, sums, d_out, rules: Rules, interpret: bool = False):
-    """blockwise_gradients by JAX's splash kernel for TPUs; interpret: its program on any device, to test it."""
+def splash_gradients(q, k, v, segments_q, segments_k, found, d_out, rules: Rules, interpret: bool = False):
+    """blockwise_gradients by JAX's splash kernel for TPUs, as splash_sums."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-    kernel, args, pad = _splash(q, k, v, segments_q, segments_k, rules, interpret)
-    out, log_total = sums
+    kernel, args = splash_kernel(q, k, v, segments_q, segments_k, rules, save_residuals=True, interpret=interpret)
+    t, lanes = args[0].shape[2:]
+    out, d_out = (padded(padded(x, t, axis=2), lanes, axis=3) for x in (found[0], d_out))
     # Queries that are padding get no weights, as in blockwise_gradients.
-    log_total = pad(log_total.swapaxes(1, 2)[..., None], fill=-MASKED)[..., 0]
+    log_total = padded(found[1], t, -MASKED, axis=2)
     names = ("mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function")
     options = {name: kernel.kwargs[name] for name in (*names, "attn_logits_soft_cap", "interpret")}
 
@@ -260,61 +270,60 @@ def splash_gradients(q, k, v, segments_q, segments_k, sums, d_out, rules: Rules,
         return mask if blocks is None else mask._replace(partial_mask_blocks=blocks.reshape(-1, *blocks.shape[-2:]))
 
     masks = flat(kernel.dq_mask_info), flat(kernel.dkv_mask_info)
-    d_q, d_k, d_v = (x.swapaxes(1, 2) for x in jax.vmap(row)(*args, pad(out), log_total, pad(d_out)))
-    (t, h), s = (q.shape[1], q.shape[3]), k.shape[1]
-    return (d_q[:, :t, :, :h] * jnp.asarray(1 / math.sqrt(h), q.dtype)), d_k[:, :s, :, :h], d_v[:, :s, :, :h]
+    grads = jax.vmap(row)(*args, out, log_total, d_out)
+    d_q, d_k, d_v = (d[:, :, : x.shape[2], : x.shape[3]] for d, x in zip(grads, (q, k, v), strict=True))
+    return d_q * jnp.asarray(1 / math.sqrt(q.shape[3]), q.dtype), d_k, d_v
 
 
-def _cudnn_given(q, keys: Keys, rules: Rules):
-    """(q, k, v, lengths of queries and keys or None, options) for JAX's calls of cuDNN, tokens made even."""
+def _cudnn_given(q, keys: Keys, rules: Rules, tokens: int):
+    """(q, k, v, lengths of queries and keys or None, options) for JAX's calls of cuDNN, tokens made even.
+
+    tokens: their axis, 1 or 2.
+    """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType
 
-    count, (z, s) = keys.count, keys.k.shape[:2]
+    count, s = keys.count, keys.k.shape[tokens]
     if count is None and s % 2 and not rules.causal:
-        count = jnp.int32(s)
-    q, k, v = (_even(x) for x in (q, keys.k, keys.v))
+        count = jnp.full(len(q), s, jnp.int32)
+    q, k, v = (padded(x, 2, axis=tokens) for x in (q, keys.k, keys.v))  # see kernels.cudnn_attention
     kinds = (MaskType.NO_MASK, MaskType.CAUSAL) if count is None else (MaskType.PADDING, MaskType.PADDING_CAUSAL)
     options = {"mask_type": kinds[rules.causal], "scale": 1 / math.sqrt(q.shape[-1])}
     options["sliding_window_length"] = rules.window or None
-    lengths = (
-        None if count is None else (jnp.full(z, q.shape[1], jnp.int32), jnp.broadcast_to(jnp.maximum(count, 1), z))
-    )
+    lengths = None if count is None else (jnp.full_like(count, q.shape[tokens]), jnp.maximum(count, 1))
     return q, k, v, lengths, options
 
 
-def _even(x, axis: int = 1, fill: float = 0.0):
-    """An odd number of tokens and one more: see kernels.cudnn_attention."""
-    pads = [(0, x.shape[i] % 2 if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, pads, constant_values=fill)
-
-
-def _cudnn_sums(q, keys: Keys, rules: Rules):
+def _cudnn_sums(q, keys: Keys, rules: Rules, tokens: int):
+    """blockwise_sums by cuDNN's flash attention, for what gpu_fault has nothing against; tokens: their axis, 1 or 2."""
+    # jax.nn.dot_product_attention calls this function, and rounds the log-sum-exp to the dtype of q: three digits.
     from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
 
-    t = q.shape[1]
-    q, k, v, lengths, options = _cudnn_given(q, keys, rules)
+    t = q.shape[tokens]
+    q, k, v, lengths, options = _cudnn_given(q, keys, rules, tokens)
+    options |= {"qkv_layout": ("BTNH", "BNTH")[tokens - 1], "return_residual": True}
     if lengths is not None:
         options |= {"q_seqlen": lengths[0], "kv_seqlen": lengths[1]}
-    found: Any = dot_product_attention(q, k, v, return_residual=True, **options)
+    found: Any = dot_product_attention(q, k, v, **options)
     out, log_total = found
     if keys.count is not None:
-        log_total = jnp.where(keys.count > 0, log_total, MASKED)
-    return out[:, :t], log_total[:, :, :t]
+        log_total = jnp.where((keys.count > 0)[:, None, None], log_total, MASKED)
+    log_total = log_total if tokens == 2 else log_total.swapaxes(1, 2)
+    return tuple(jax.lax.slice_in_dim(x, 0, t, axis=tokens) for x in (out, log_total))
 
 
-def _cudnn_gradients(q, keys: Keys, sums, d_out, rules: Rules):
+def _cudnn_gradients(q, keys: Keys, found, d_out, rules: Rules):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     t, s = q.shape[1], keys.k.shape[1]
-    q, k, v, lengths, options = _cudnn_given(q, keys, rules)
-    out, log_total = _even(sums[0]), _even(sums[1], axis=2, fill=-MASKED)
+    q, k, v, lengths, options = _cudnn_given(q, keys, rules, 1)
+    log_total = padded(found[1], 2, -MASKED).swapaxes(1, 2)
     nothing = jnp.zeros(0, q.dtype)
-    residuals = (q, k, v, nothing, *(lengths or (nothing, nothing)), *(nothing,) * 4, log_total, out)
+    residuals = (q, k, v, nothing, *(lengths or (nothing, nothing)), *(nothing,) * 4, log_total, padded(found[0], 2))
     options |= {"seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False), "is_training": True}
     options |= {"layout": cudnn.AttentionLayout.BTNH.value, "return_residual": False}
-    found = cudnn._dot_product_attention_bwd_rule(**options, res=residuals, grad_output=_even(d_out))[:3]
-    d_q, d_k, d_v = found[0][:, :t], found[1][:, :s], found[2][:, :s]
+    grads = cudnn._dot_product_attention_bwd_rule(**options, res=residuals, grad_output=padded(d_out, 2))
+    d_q, d_k, d_v = grads[0][:, :t], grads[1][:, :s], grads[2][:, :s]
     if keys.count is None:
         return d_q, d_k, d_v
-    seen = (jnp.arange(s) < keys.count)[None, :, None, None]
-    return jnp.where(keys.count > 0, d_q, 0), jnp.where(seen, d_k, 0), jnp.where(seen, d_v, 0)
+    some, seen = (x[..., None, None] for x in (keys.count[:, None] > 0, jnp.arange(s)[None] < keys.count[:, None]))
+    return jnp.where(some, d_q, 0), jnp.where(seen, d_k, 0), jnp.where(seen, d_v, 0)

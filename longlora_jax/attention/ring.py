@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from longlora_jax.attention.blockwise import MASKED, Rules
+from longlora_jax.attention.blockwise import MASKED, Rules, divided
 from longlora_jax.attention.partial import Keys, gradients_of, join, partial_kernel, sums_of
 
 AXIS = "context"
@@ -87,14 +87,14 @@ def _ring_forward(q, k, v, segments, softcap: float, context: int, kernel: str):
             return sums_of(kernel, q, segments, _half(keys), seen)
 
         def of_a_device_after():  # all of which is seen by the late half here, and nothing by the early one
-            out, log_total = sums_of(kernel, q[:, half:], _late(segments, half), keys, seen)
-            return _behind(out, half), jnp.pad(log_total, ((0, 0), (0, 0), (half, 0)), constant_values=MASKED)
+            acc, top, total = sums_of(kernel, q[:, half:], _late(segments, half), keys, seen)
+            return _behind(acc, half), _behind(top, half, MASKED), _behind(total, half)
 
         return join(sums, jax.lax.cond(_is_before(hop), of_a_device_before, of_a_device_after))
 
     # The two halves are in order, whatever lies between them.
-    out, log_total = sums_of(kernel, q, segments, own, Rules(softcap=softcap))
-    out, log_total = _round(context, own, (out.astype(jnp.float32), log_total), visit)
+    acc, top, total = sums_of(kernel, q, segments, own, Rules(softcap=softcap))
+    out, log_total = divided(_round(context, own, (acc.astype(jnp.float32), top, total), visit))
     # Named for the remat policy that keeps them (model.REMAT): then nothing goes round for them again.
     out, log_total = checkpoint_name(out.astype(q.dtype), "attention"), checkpoint_name(log_total, "attention")
     return out, (q, k, v, segments, out, log_total)
@@ -111,8 +111,8 @@ def _ring_backward(softcap: float, context: int, kernel: str, residuals, d_out):
             return found[0], *(jnp.pad(x, ((0, 0), (0, half), (0, 0), (0, 0))) for x in found[1:])
 
         def of_a_device_after():
-            sums = out[:, half:], log_total[:, :, half:]
-            found = gradients_of(kernel, q[:, half:], _late(segments, half), keys, sums, d_out[:, half:], seen)
+            late = out[:, half:], log_total[:, half:]
+            found = gradients_of(kernel, q[:, half:], _late(segments, half), keys, late, d_out[:, half:], seen)
             return _behind(found[0], half), *found[1:]
 
         d_q, d_keys = carry
@@ -144,6 +144,6 @@ def _late(segments, half: int):
     return None if segments is None else segments[:, half:]
 
 
-def _behind(x, half: int):
-    """[b, t, n, h] of the late half alone: zeros for the early one."""
-    return jnp.pad(x, ((0, 0), (half, 0), (0, 0), (0, 0)))
+def _behind(x, half: int, fill: float = 0):
+    """[b, t, ...] of the late half alone: filled up for the early one."""
+    return jnp.pad(x, ((0, 0), (half, 0), *((0, 0),) * (x.ndim - 2)), constant_values=fill)

@@ -26,20 +26,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlora_jax.attention.blockwise import MASKED
-from longlora_jax.attention.chunk import (
-    add_block,
-    attend_piece,
-    block_scores,
-    by_kv_head,
-    chunk_kernel,
-    join,
-    join_over,
-    mean_of,
-    nothing,
-)
+from longlora_jax.attention.blockwise import MASKED, Rules, add_block, divided, nothing, scores_of
 from longlora_jax.attention.context_parallel import row_axes
 from longlora_jax.attention.kernels import platform
+from longlora_jax.attention.partial import Keys, chunk_kernel, join, join_over, sums_of
 from longlora_jax.attention.rope import apply_rope
 from longlora_jax.errors import UserError
 from longlora_jax.model.layers import frequencies_of, tables_of
@@ -247,7 +237,8 @@ def _attend_to_all(q, k, v, cache: Cache, mesh: Mesh | None):
 
 def _attend_to_share(q, k, v, cache: Cache, axes: tuple[str, ...], ways: int, share):
     """On one device: its rows and heads, and of every block its share of the slots, one of so many along axes."""
-    t, kv_heads = q.shape[1], k.shape[2]
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, N or K, T, H]
+    kv_heads, t = k.shape[1:3]
     here, first, blocks = cache.keys.shape[3], cache.first[cache.layer], cache.blocks[cache.layer]
     size = here * ways
     slots, reach = blocks * size, cache.reach[cache.layer]
@@ -261,11 +252,11 @@ def _attend_to_share(q, k, v, cache: Cache, axes: tuple[str, ...], ways: int, sh
     slot_at = jnp.where((within >= 0) & (within < here), within, here)[:, None]  # what another device has is dropped
 
     def write(array, new):
-        return array.at[block_at, rows, heads, slot_at].set(new.swapaxes(1, 2), mode="drop")
+        return array.at[block_at, rows, heads, slot_at].set(new, mode="drop")
 
     before, cache = cache, cache.replace(keys=write(cache.keys, k), values=write(cache.values, v))
     last = cache.lengths[:, None] + t - 1
-    grouped = by_kv_head(q, kv_heads)
+    grouped = _by_kv_head(q, kv_heads)
     step = here if t * here <= BLOCK * BLOCK else min(here, BLOCK)
     parts = here // step
 
@@ -276,28 +267,27 @@ def _attend_to_share(q, k, v, cache: Cache, axes: tuple[str, ...], ways: int, sh
         ahead = new[:, :, None] - position
         keys, values = (_block(x, first + j, start, step) for x in (cache.keys, cache.values))
         seen = (position >= 0) & (ahead >= 0) & (ahead < reach)
-        return add_block(sums, block_scores(grouped, keys, seen, cache.softcap), values)
+        return add_block(sums, _seen_scores(grouped, keys, seen, cache), values)
 
     def by_blocks():
         longest = (jnp.max(cache.lengths) + t + size - 1) // size
-        return jax.lax.fori_loop(0, parts * jnp.minimum(longest, blocks), block, nothing(grouped.shape))
+        sums = jax.lax.fori_loop(0, parts * jnp.minimum(longest, blocks), block, nothing(grouped.shape))
+        return tuple(x.reshape(*q.shape[:3], *x.shape[4:]) for x in sums)
 
-    heads_first = q.swapaxes(1, 2)  # [B, N, T, H]
-    softcap = cache.softcap or 0.0
-    kernel = chunk_kernel(heads_first.shape, q.dtype, kv_heads, here, softcap=softcap)
-    piece = functools.partial(attend_piece, kernel, heads_first, softcap=softcap)
+    rules = Rules(softcap=cache.softcap or 0.0)
+    kernel = chunk_kernel(q.shape, q.dtype, kv_heads, here, softcap=rules.softcap)
+    piece = functools.partial(sums_of, kernel, q, None, heads_first=True)
 
     def by_kernel():
         def past(j, sums):
             held = jnp.clip(before.lengths - j * size - share * here, 0, here)
             keys, values = (_block(x, first + j, 0, here) for x in (cache.keys, cache.values))
-            return join(sums, piece(keys, values, held))
+            return join(sums, piece(Keys(keys, values, count=held), rules._replace(causal=False)))
 
         pieces = (jnp.max(before.lengths) + size - 1) // size
-        acc, top, total = piece(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        acc, top, total = piece(Keys(k, v), rules)
         own = acc, jnp.where(share == 0, top, MASKED), total  # every device has the chunk; it counts once
-        sums = join(jax.lax.fori_loop(0, pieces, past, nothing(heads_first.shape)), own)
-        return tuple(x.reshape(*grouped.shape[:4], *x.shape[3:]) for x in sums)
+        return join(jax.lax.fori_loop(0, pieces, past, nothing(q.shape)), own)
 
     if not kernel:
         sums = by_blocks()
@@ -305,7 +295,7 @@ def _attend_to_share(q, k, v, cache: Cache, axes: tuple[str, ...], ways: int, sh
         sums = jax.lax.cond(reach == NO_LIMIT, by_kernel, by_blocks)
     else:
         sums = by_kernel()
-    return mean_of(join_over(sums, axes)), cache
+    return divided(join_over(sums, axes))[0].swapaxes(1, 2), cache
 
 
 def _attend_to_few(q, k, v, cos, sin, cache: Cache):
@@ -317,12 +307,12 @@ def _attend_to_few(q, k, v, cos, sin, cache: Cache):
         keys=cache.keys.at[cache.layer, rows, :, at].set(k), values=cache.values.at[cache.layer, rows, :, at].set(v)
     )
     in_ring = _in_ring(cache, t)
-    near, far = (by_kv_head(apply_rope(q, cos[i], sin[i]), k.shape[2]) for i in (0, 2))
+    near, far = (_by_kv_head(apply_rope(q, cos[i], sin[i]).swapaxes(1, 2), k.shape[2]) for i in (0, 2))
     sums = nothing(near.shape)
     if sinks:
         keys, values = (x[cache.layer, :, :, :sinks] for x in (cache.keys, cache.values))
         seen = jnp.arange(sinks)[None, None] <= new[:, :, None]
-        sums = add_block(sums, block_scores(far, _turned(keys, cos[3], sin[3]), seen, cache.softcap), values)
+        sums = add_block(sums, _seen_scores(far, _turned(keys, cos[3], sin[3]), seen, cache), values)
     size = min(BLOCK, slots)
 
     def block(j, sums):
@@ -331,9 +321,20 @@ def _attend_to_few(q, k, v, cos, sin, cache: Cache):
         seen = (position >= sinks) & (position <= new[:, :, None]) & (position > new[:, :, None] - cache.window)
         keys = _turned(_block(cache.keys, cache.layer, j * size, size), part(cos[1]), part(sin[1]))
         values = _block(cache.values, cache.layer, j * size, size)
-        return add_block(sums, block_scores(near, keys, seen, cache.softcap), values)
+        return add_block(sums, _seen_scores(near, keys, seen, cache), values)
 
-    return mean_of(jax.lax.fori_loop(0, slots // size, block, sums)), cache
+    out, _ = divided(jax.lax.fori_loop(0, slots // size, block, sums))
+    return out.reshape(len(q), -1, t, q.shape[3]).swapaxes(1, 2), cache
+
+
+def _by_kv_head(q, kv_heads: int):
+    """[B, N, T, H] as [B, K, N/K, T, H]."""
+    return q.reshape(len(q), kv_heads, -1, *q.shape[2:])
+
+
+def _seen_scores(q, keys, seen, cache: Cache):
+    """Scores [B, K, N/K, T, s] of _by_kv_head's queries and keys [B, K, s, H]; seen: [B, T, s]."""
+    return jnp.where(seen[:, None, None], scores_of(q, keys, cache.softcap or 0.0), MASKED)
 
 
 def _turned(keys, cos, sin):

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny import tiny_config
 
-from longlora_jax.attention import chunk
+from longlora_jax.attention import partial
 from longlora_jax.config import MeshConfig
 from longlora_jax.model import cache as cache_module
 from longlora_jax.model.cache import attend_to_cache, cache_shardings, cut_of, new_cache
@@ -107,13 +107,13 @@ def test_a_step_sends_sums_and_no_keys(t):
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * share
 
 
-def plain_piece(q, k, v, counts=None, *, softcap=0.0):
-    """What a kernel's piece is, with all scores at once."""
+def plain_sums(q, k, v, segments_q, segments_k, rules):
+    """What a kernel finds for a set of keys, with all scores at once."""
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = jnp.einsum("bnth,bnsh->bnts", q, k) / q.shape[-1] ** 0.5
-    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
-    t, s = scores.shape[2:]
-    seen = jnp.tri(t, dtype=bool)[None] if counts is None else (jnp.arange(s)[None] < counts[:, None])[:, None]
+    scores = rules.softcap * jnp.tanh(scores / rules.softcap) if rules.softcap else scores
+    assert rules.causal == (segments_k is None)
+    seen = jnp.tri(q.shape[2], dtype=bool)[None] if rules.causal else segments_q[:, :, None] == segments_k[:, None]
     scores = jnp.where(seen[:, None], scores, -2.4e38)
     return jnp.einsum("bnts,bnsh->bnth", jax.nn.softmax(scores), v), jax.nn.logsumexp(scores, -1)
 
@@ -132,11 +132,11 @@ def test_the_kernels_path_gives_what_blocks_give(axes, options, monkeypatch):
     expected = outputs(config)
     calls = []
 
-    def piece(*args, **options):
+    def sums(*args):
         calls.append(args)
-        return plain_piece(*args, **options)
+        return plain_sums(*args)
 
-    monkeypatch.setattr(chunk, "splash_piece", piece)
+    monkeypatch.setattr(partial, "splash_sums", sums)
     choose = lambda shape, dtype, kv_heads, keys, *, softcap: "splash" if shape[2] > 1 else ""  # noqa: E731
     monkeypatch.setattr(cache_module, "chunk_kernel", choose)
     mesh = axes and mesh_of(*axes)
