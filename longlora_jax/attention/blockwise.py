@@ -41,7 +41,7 @@ def blockwise_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: 
     return _whole(out, q.shape[2])[:, : q.shape[1]]
 
 
-def blockwise_sums(q, k, v, segments_q, segments_k, rules: Rules, block: int | None = None):
+def blockwise_part(q, k, v, segments_q, segments_k, rules: Rules, block: int | None = None):
     """Attention of q [Z, T, N, H] over k and v [Z, S, K, H]: (out, as q; log-sum-exp [Z, T, N] f32).
 
     S is T where rules are causal. segments_q: [Z, T] and segments_k: [Z, S], or both None. The log-sum-exp of a query
@@ -52,11 +52,11 @@ def blockwise_sums(q, k, v, segments_q, segments_k, rules: Rules, block: int | N
     return _whole(out, n)[:, :t], _whole(log_total[..., None], n)[:, :t, :, 0]
 
 
-def blockwise_gradients(q, k, v, segments_q, segments_k, sums, d_out, rules: Rules, block: int | None = None):
-    """Gradients for q, k and v of attention over these keys and others, of which sums = (out, log-sum-exp) are."""
+def blockwise_gradients(q, k, v, segments_q, segments_k, found, d_out, rules: Rules, block: int | None = None):
+    """Gradients for q, k and v of attention over these keys and others; found: (out, log-sum-exp) of all together."""
     (t, n), (s, kv_heads) = q.shape[1:3], k.shape[1:3]
     cut = _cut(q, k, v, segments_q, segments_k, rules, block)
-    out, log_total = sums
+    out, log_total = found
     # Queries that are padding get no weights: what they lack to a sum is more than float32 has.
     given = [(out, 0), (log_total[..., None], -MASKED), (d_out, 0)]
     side, count = _side(t, rules, block), cut[0].shape[0]
@@ -71,9 +71,10 @@ def _side(tokens: int, rules: Rules, block: int | None) -> int:
     return min(tokens, block or min(max(min(tokens, rules.window or tokens) // 8, 64), 512))
 
 
-def padded(x, side: int, fill: float = 0, axis: int = 1):
-    """x filled up to a multiple of side along an axis."""
-    return jnp.pad(x, [(0, -n % side if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=fill)
+def padded(x, side: int, fill: float = 0, *, axis: int = 1, lanes: int = 1):
+    """x filled up to a multiple of side along an axis, and of lanes along the last, if that is another."""
+    sides = {x.ndim - 1: lanes, axis: side}
+    return jnp.pad(x, [(0, -n % sides.get(i, 1)) for i, n in enumerate(x.shape)], constant_values=fill)
 
 
 def _fold(x, count: int, kv_heads: int):

@@ -196,7 +196,7 @@ def splash_kernel(q, k, v, segments_q, segments_k, rules: Rules, **options):
     if segments_k is not None:
         segments = splash.SegmentIds(q=padded(segments_q, side_q), kv=padded(segments_k, side_k, NOBODY))
     given = (q * jnp.asarray(1 / math.sqrt(h), q.dtype), side_q), (k, side_k), (v, side_k)
-    q, k, v = (padded(padded(x, side, axis=2), 128, axis=3) for x, side in given)
+    q, k, v = (padded(x, side, axis=2, lanes=128) for x, side in given)
     shape = q.shape[2], k.shape[2]
     mask = causal_mask(shape[0], rules.window) if rules.causal else splash.FullMask(shape)
     kernel = splash.make_splash_mha(

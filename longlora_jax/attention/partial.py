@@ -24,7 +24,7 @@ from longlora_jax.attention.blockwise import (
     NOBODY,
     Rules,
     blockwise_gradients,
-    blockwise_sums,
+    blockwise_part,
     divided,
     padded,
 )
@@ -39,7 +39,7 @@ _SPLASH_BACKWARD = (  # its parameters in JAX 0.10.2 and 0.11.2
 
 
 class Keys(NamedTuple):
-    """A set of keys and values [Z, S, K, H] for one kernel.
+    """A set of keys and values [Z, S, K, H] for one kernel, or [Z, K, S, H] where heads are first.
 
     segments: [Z, S] int32, or None; count: [Z] int32, a row sees its first so many keys, None: all.
     """
@@ -122,14 +122,14 @@ def sums_of(kernel: str, q, segments, keys: Keys, rules: Rules, *, heads_first: 
     """Sums of q [Z, T, N, H] over a set of keys; their values are in q's dtype, all else is float32.
 
     segments: [Z, T] or None, as the keys'. heads_first: q and out are [Z, N, T, H], keys and values [Z, K, S, H], as
-    caches have them. What sees nothing has no weight beside others: its log-sum-exp is about MASKED, or below.
+    caches have them. A query that sees nothing has no weight beside others: its score is about MASKED, or below.
     """
     tokens = 2 if heads_first else 1
     if kernel == "cudnn":
-        out, log_total = _cudnn_sums(q, keys, rules, tokens)
+        out, log_total = _cudnn_part(q, keys, rules, tokens)
     else:
         marks = _marks(segments, keys, q.shape[tokens], keys.k.shape[tokens])
-        run = {"splash": splash_sums, "blockwise": blockwise_sums}[kernel]
+        run = {"splash": splash_part, "blockwise": blockwise_part}[kernel]
         swap = tuple if heads_first == (kernel == "splash") else _swapped
         out, log_total = swap(run(*swap((q, keys.k, keys.v)), *marks, rules))
     return out, log_total, jnp.ones_like(log_total)
@@ -238,8 +238,8 @@ def _swapped(tree):
     return jax.tree.map(lambda x: x.swapaxes(1, 2), tree)
 
 
-def splash_sums(q, k, v, segments_q, segments_k, rules: Rules, interpret: bool = False):
-    """blockwise_sums by JAX's splash kernel for TPUs, heads before tokens in what is given and returned.
+def splash_part(q, k, v, segments_q, segments_k, rules: Rules, interpret: bool = False):
+    """blockwise_part by JAX's splash kernel for TPUs, heads before tokens in what is given and returned.
 
     interpret: run the kernel's program on any device, to test it.
     """
@@ -250,12 +250,12 @@ def splash_sums(q, k, v, segments_q, segments_k, rules: Rules, interpret: bool =
 
 
 def splash_gradients(q, k, v, segments_q, segments_k, found, d_out, rules: Rules, interpret: bool = False):
-    """blockwise_gradients by JAX's splash kernel for TPUs, as splash_sums."""
+    """blockwise_gradients by JAX's splash kernel for TPUs, as splash_part."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
     kernel, args = splash_kernel(q, k, v, segments_q, segments_k, rules, save_residuals=True, interpret=interpret)
     t, lanes = args[0].shape[2:]
-    out, d_out = (padded(padded(x, t, axis=2), lanes, axis=3) for x in (found[0], d_out))
+    out, d_out = (padded(x, t, axis=2, lanes=lanes) for x in (found[0], d_out))
     # Queries that are padding get no weights, as in blockwise_gradients.
     log_total = padded(found[1], t, -MASKED, axis=2)
     names = ("mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function")
@@ -293,8 +293,8 @@ def _cudnn_given(q, keys: Keys, rules: Rules, tokens: int):
     return q, k, v, lengths, options
 
 
-def _cudnn_sums(q, keys: Keys, rules: Rules, tokens: int):
-    """blockwise_sums by cuDNN's flash attention, for what gpu_fault has nothing against; tokens: their axis, 1 or 2."""
+def _cudnn_part(q, keys: Keys, rules: Rules, tokens: int):
+    """blockwise_part by cuDNN's flash attention, for what gpu_fault has nothing against; tokens: their axis, 1 or 2."""
     # jax.nn.dot_product_attention calls this function, and rounds the log-sum-exp to the dtype of q: three digits.
     from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
 

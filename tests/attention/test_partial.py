@@ -76,7 +76,7 @@ def attend(q, keys, values, of_q, of_k, *, near: int, far: int, counts, softcap:
 def interpreted(monkeypatch):
     """Splash's programs, on this machine."""
     monkeypatch.setattr(partial, "partial_kernel", lambda *_: "splash")
-    for name in ("splash_sums", "splash_gradients"):
+    for name in ("splash_part", "splash_gradients"):
         monkeypatch.setattr(partial, name, functools.partial(getattr(partial, name), interpret=True))
 
 

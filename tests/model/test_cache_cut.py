@@ -107,7 +107,7 @@ def test_a_step_sends_sums_and_no_keys(t):
     assert compiled.memory_analysis().alias_size_in_bytes >= 2 * share
 
 
-def plain_sums(q, k, v, segments_q, segments_k, rules):
+def plain_part(q, k, v, segments_q, segments_k, rules):
     """What a kernel finds for a set of keys, with all scores at once."""
     k, v = (jnp.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
     scores = jnp.einsum("bnth,bnsh->bnts", q, k) / q.shape[-1] ** 0.5
@@ -132,11 +132,11 @@ def test_the_kernels_path_gives_what_blocks_give(axes, options, monkeypatch):
     expected = outputs(config)
     calls = []
 
-    def sums(*args):
+    def part(*args):
         calls.append(args)
-        return plain_sums(*args)
+        return plain_part(*args)
 
-    monkeypatch.setattr(partial, "splash_sums", sums)
+    monkeypatch.setattr(partial, "splash_part", part)
     choose = lambda shape, dtype, kv_heads, keys, *, softcap: "splash" if shape[2] > 1 else ""  # noqa: E731
     monkeypatch.setattr(cache_module, "chunk_kernel", choose)
     mesh = axes and mesh_of(*axes)
