@@ -228,7 +228,7 @@ def _marks(segments, keys: Keys, t: int, s: int):
     if keys.count is None:
         return segments, keys.segments
     z, theirs = len(keys.count), keys.segments
-    if segments is None:
+    if segments is None or theirs is None:
         segments, theirs = jnp.zeros((z, t), jnp.int32), jnp.zeros((z, s), jnp.int32)
     return segments, jnp.where(jnp.arange(s)[None] < keys.count[:, None], theirs, NOBODY)
 
