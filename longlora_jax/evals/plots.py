@@ -140,7 +140,7 @@ def _name_ends(axes, ends) -> None:
     for (label, x, y, colour, thick), pixel in zip(ends, placed, strict=True):
         offset = (pixel - to_pixels.transform((x, y))[1]) * 72 / axes.figure.dpi
         axes.annotate(
-            f"{label}  {y:.3g}",
+            f"{label}  {y:,.0f}" if y >= 1000 else f"{label}  {y:.3g}",
             (x, y),
             xytext=(9, offset),
             textcoords="offset points",
