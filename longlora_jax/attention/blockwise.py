@@ -5,7 +5,7 @@ backward pass recomputes scores from the saved log-sum-exp of each row. Keys may
 them are seen then, and the log-sum-exp joins them with more (partial.py).
 
 Sums are a softmax that is not yet divided: (weighted values [..., H], the score [...] that weights are relative to, sum
-of weights [...]), the largest score so far or the logarithm of all weights.
+of weights [...]), the largest score so far or the logarithm of the weights' sum.
 """
 
 import functools
@@ -41,15 +41,15 @@ def blockwise_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: 
     return _whole(out, q.shape[2])[:, : q.shape[1]]
 
 
-def blockwise_part(q, k, v, segments_q, segments_k, rules: Rules, block: int | None = None):
-    """Attention of q [Z, T, N, H] over k and v [Z, S, K, H]: (out, as q; log-sum-exp [Z, T, N] f32).
+def blockwise_sums(q, k, v, segments_q, segments_k, rules: Rules, block: int | None = None):
+    """Sums of q [Z, T, N, H] over k and v [Z, S, K, H], float32.
 
-    S is T where rules are causal. segments_q: [Z, T] and segments_k: [Z, S], or both None. The log-sum-exp of a query
-    that sees nothing is about MASKED, or below.
+    S is T where rules are causal. segments_q: [Z, T] and segments_k: [Z, S], or both None. The largest score of a query
+    that sees nothing is MASKED.
     """
     t, n = q.shape[1:3]
-    out, log_total = _forward(*_cut(q, k, v, segments_q, segments_k, rules, block), rules)
-    return _whole(out, n)[:, :t], _whole(log_total[..., None], n)[:, :t, :, 0]
+    acc, *others = _forward(*_cut(q, k, v, segments_q, segments_k, rules, block), rules, divide=False)
+    return _whole(acc, n)[:, :t], *(_whole(x[..., None], n)[:, :t, :, 0] for x in others)
 
 
 def blockwise_gradients(q, k, v, segments_q, segments_k, found, d_out, rules: Rules, block: int | None = None):
@@ -176,8 +176,8 @@ def _blocks(q, k, v, segments_q, segments_k, rules: Rules) -> jax.Array:
     return _forward(q, k, v, segments_q, segments_k, rules)[0]
 
 
-def _forward(q, k, v, segments_q, segments_k, rules: Rules):
-    """_blocks' result and the log-sum-exp [n, Z, K, rep * b] f32."""
+def _forward(q, k, v, segments_q, segments_k, rules: Rules, divide: bool = True):
+    """_blocks' result and the log-sum-exp [n, Z, K, rep * b] f32, or sums."""
 
     def query_block(i):
         q_i, seg_i = _at(q, i), _at(segments_q, i)
@@ -190,7 +190,10 @@ def _forward(q, k, v, segments_q, segments_k, rules: Rules):
             whole, touched = (jnp.maximum(i - blocks, 0) for blocks in _reach(rules.window, k.shape[-2]))
             start = jax.lax.fori_loop(touched, whole, lambda j, carry: key_block(j, carry, i - j), start)
         sums = jax.lax.fori_loop(whole, i if rules.causal else k.shape[0], key_block, start)
-        out, log_total = divided(key_block(i, sums, back=0) if rules.causal else sums)
+        sums = key_block(i, sums, back=0) if rules.causal else sums
+        if not divide:
+            return sums
+        out, log_total = divided(sums)
         return out.astype(q.dtype), log_total
 
     return jax.lax.map(query_block, jnp.arange(q.shape[0]))

@@ -117,7 +117,7 @@ def cudnn_attention(q, k, v, *, window: int = 0):
     """causal_attention by cuDNN's flash attention, for what gpu_fault has nothing against."""
     t = q.shape[1]
     if t % 2:  # JAX refuses to train on an odd length; the token more lies in the future of every query
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        q, k, v = (padded(x, 2) for x in (q, k, v))
     reach = (window - 1, 0) if window else None  # JAX counts the tokens to the left without the query's own
     options: Any = {"is_causal": True, "local_window_size": reach, "implementation": "cudnn"}
     return jax.nn.dot_product_attention(q, k, v, **options)[:, :t]

@@ -24,7 +24,7 @@ from longlora_jax.attention.blockwise import (
     NOBODY,
     Rules,
     blockwise_gradients,
-    blockwise_part,
+    blockwise_sums,
     divided,
     padded,
 )
@@ -119,20 +119,21 @@ def chunk_kernel(q_shape, dtype, kv_heads: int, keys: int, *, softcap: float = 0
 
 
 def sums_of(kernel: str, q, segments, keys: Keys, rules: Rules, *, heads_first: bool = False):
-    """Sums of q [Z, T, N, H] over a set of keys; their values are in q's dtype, all else is float32.
+    """Sums of q [Z, T, N, H] over a set of keys; float32, but for values that a kernel gives in q's dtype.
 
     segments: [Z, T] or None, as the keys'. heads_first: q and out are [Z, N, T, H], keys and values [Z, K, S, H], as
     caches have them. A query that sees nothing has no weight beside others: its score is about MASKED, or below.
     """
     tokens = 2 if heads_first else 1
     if kernel == "cudnn":
-        out, log_total = _cudnn_part(q, keys, rules, tokens)
+        found = _cudnn_part(q, keys, rules, tokens)
     else:
         marks = _marks(segments, keys, q.shape[tokens], keys.k.shape[tokens])
-        run = {"splash": splash_part, "blockwise": blockwise_part}[kernel]
+        run = {"splash": splash_part, "blockwise": blockwise_sums}[kernel]
         swap = tuple if heads_first == (kernel == "splash") else _swapped
-        out, log_total = swap(run(*swap((q, keys.k, keys.v)), *marks, rules))
-    return out, log_total, jnp.ones_like(log_total)
+        found = swap(run(*swap((q, keys.k, keys.v)), *marks, rules))
+    # A log-sum-exp is rounded where scores are large: only kernels that give nothing else are joined by it.
+    return found if kernel == "blockwise" else (*found, jnp.ones_like(found[1]))
 
 
 def gradients_of(kernel: str, q, segments, keys: Keys, found, d_out, rules: Rules):
@@ -239,7 +240,8 @@ def _swapped(tree):
 
 
 def splash_part(q, k, v, segments_q, segments_k, rules: Rules, interpret: bool = False):
-    """blockwise_part by JAX's splash kernel for TPUs, heads before tokens in what is given and returned.
+    """(out [Z, N, T, H] in q's dtype, log-sum-exp [Z, N, T] f32) of q [Z, N, T, H] over k and v [Z, K, S, H], by JAX's
+    splash kernel for TPUs; segments as blockwise_sums'.
 
     interpret: run the kernel's program on any device, to test it.
     """
@@ -250,7 +252,7 @@ def splash_part(q, k, v, segments_q, segments_k, rules: Rules, interpret: bool =
 
 
 def splash_gradients(q, k, v, segments_q, segments_k, found, d_out, rules: Rules, interpret: bool = False):
-    """blockwise_gradients by JAX's splash kernel for TPUs, as splash_part."""
+    """blockwise_gradients by JAX's splash kernel for TPUs, heads before tokens, as splash_part."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
     kernel, args = splash_kernel(q, k, v, segments_q, segments_k, rules, save_residuals=True, interpret=interpret)
@@ -294,7 +296,7 @@ def _cudnn_given(q, keys: Keys, rules: Rules, tokens: int):
 
 
 def _cudnn_part(q, keys: Keys, rules: Rules, tokens: int):
-    """blockwise_part by cuDNN's flash attention, for what gpu_fault has nothing against; tokens: their axis, 1 or 2."""
+    """(out, log-sum-exp) by cuDNN's flash attention, where gpu_fault finds nothing; tokens: their axis, 1 or 2."""
     # jax.nn.dot_product_attention calls this function, and rounds the log-sum-exp to the dtype of q: three digits.
     from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention
 

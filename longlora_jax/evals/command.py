@@ -38,10 +38,15 @@ def add_rope_flags(add: Callable[..., Any], length: str) -> None:
 
 
 def rope_override(args: Namespace) -> dict[str, Any] | None:
-    """The scaling that add_rope_flags' flags ask for, as files of results say it. Raises UserError."""
+    """The scaling that add_rope_flags' flags ask for, as files of results say it, or None. Raises UserError."""
     if args.rope_factor and not args.rope_type:
         raise UserError("--rope_factor needs --rope_type: say which scaling")
     return {"rope_type": args.rope_type, "rope_factor": args.rope_factor} if args.rope_type else None
+
+
+def quantization_of(args: Namespace) -> str | None:
+    """--quantize as files of results say it: None for none, as in files of earlier versions, which do not say it."""
+    return None if args.quantize == "none" else args.quantize
 
 
 def note_window(lengths: Iterable[int], config: ModelConfig) -> None:

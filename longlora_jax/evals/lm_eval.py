@@ -24,7 +24,7 @@ from longlora_jax.data.chat import ends_with_any, stop_ids
 from longlora_jax.errors import UserError, number
 from longlora_jax.evals.command import check_outputs
 from longlora_jax.evals.reader import before_any
-from longlora_jax.files import write_json
+from longlora_jax.files import one_line, write_json
 from longlora_jax.generate.generation import generate, load_for_generation
 from longlora_jax.model.decoder import Llama
 from longlora_jax.model.losses import output_kernel, output_logits
@@ -259,9 +259,9 @@ def _data_from(folder: str | None):
             "looked for in the folder that NLTK_DATA names"
         ) from error
     except ValueError as error:  # RULER's, of a length in --metadata in which a question has no room
-        if f"{os.sep}lm_eval{os.sep}tasks{os.sep}" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+        if f"{os.sep}tasks{os.sep}ruler{os.sep}" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise
-        raise UserError(f"a task cannot be made: {error}") from error
+        raise UserError(f"a task cannot be made: {one_line(str(error), 300)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from longlora_jax import errors
 from longlora_jax.data.formats import Reading, Row, read_file_rows
 from longlora_jax.errors import UserError, number
 from longlora_jax.evals.answers import exact_match, f1
-from longlora_jax.evals.command import check_outputs
+from longlora_jax.evals.command import check_outputs, quantization_of
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import Reader
 from longlora_jax.evals.results import Results
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"room for {most} beside --max_new_tokens {args.max_new_tokens}: raise --max_tokens"
         )
     head = {"task": "longqa", "model": args.model, "weights": reader.weights, "data": args.data, "dtype": args.dtype}
-    head |= {"quantize": args.quantize} if args.quantize != "none" else {}
+    head |= {"quantize": quantization_of(args)}
     head |= {"template": reader.template, "max_new_tokens": args.max_new_tokens}
     results = Results(args.json, head, ["row"])
     asked = fitting[: args.limit]

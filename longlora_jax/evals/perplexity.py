@@ -13,7 +13,7 @@ from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.config import ModelConfig
 from longlora_jax.data import Memmap, load_tokenizer, read_text
 from longlora_jax.errors import UserError, number, numbers
-from longlora_jax.evals.command import add_rope_flags, check_outputs, note_window, rope_override
+from longlora_jax.evals.command import add_rope_flags, check_outputs, note_window, quantization_of, rope_override
 from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.evals.results import Results, weights_of
 from longlora_jax.evals.scoring import (
@@ -136,8 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     override = rope_override(args)
     head = {"model": args.model, "weights": weights_of(args.model, opened.tokenizer_dir), "data": args.data}
     head |= {"data_tokens": sizes, "attention": args.attention, "dtype": args.dtype, "rope_override": override}
-    if args.quantize != "none":
-        head |= {"quantize": args.quantize}
+    head |= {"quantize": quantization_of(args)}
     if args.attention == "s2":
         head |= {"group_ratio": args.group_ratio}
     head |= {"offset": args.offset, "max_windows": args.max_windows, "given_stride": args.stride}

@@ -17,7 +17,7 @@ import numpy as np
 from longlora_jax import errors
 from longlora_jax.data import read_text
 from longlora_jax.errors import UserError, number, numbers
-from longlora_jax.evals.command import add_rope_flags, check_outputs, note_window, rope_override
+from longlora_jax.evals.command import add_rope_flags, check_outputs, note_window, quantization_of, rope_override
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import TEMPLATES, TOKENS_AT_ONCE, Reader
 from longlora_jax.evals.results import Results
@@ -137,22 +137,23 @@ def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | Non
     args.model = at_step(args.model, args.step)
 
     def stretch(config: ModelConfig) -> ModelConfig:
-        if override is None:
-            return config
-        return stretch_rope(config, max(args.lengths), args.rope_type, args.rope_factor)
+        return config if override is None else stretch_rope(config, max(args.lengths), *override.values())
 
     how = {name: getattr(args, name) for name in ("template", "dtype", "batch_size", "quantize")}
     reader = Reader(args.model, **how, stretch=stretch)
     head = {"task": task.name, "model": args.model, "weights": reader.weights, "dtype": args.dtype}
     head |= {"template": reader.template, "seed": args.seed}
-    head |= {"quantize": args.quantize} if args.quantize != "none" else {}
-    head |= {"rope_override": override} if override else {}
+    head |= {"quantize": quantization_of(args), "rope_override": None}
+    if override and (scaling := reader.config.rope_scaling):  # what was left open goes by the lengths
+        head["rope_override"] = {"rope_type": scaling.rope_type, "rope_factor": scaling.factor}
     key = ("length",) if depths is None else ("length", "depth")
     results = Results(args.json, head | task.settings, key)
     cells = [{"length": t} | ({} if depths is None else {"depth": d}) for t in args.lengths for d in depths or [0.0]]
     missing = [cell for cell in cells if not results.find(**cell, trials=args.trials)]
-    for cell in missing:  # a length that cannot be is told before hours are spent on the others
-        _ask(task, reader, cell, args.seed, 0)
+    # A length that cannot be is told before hours are spent on the others; of the longest, for all questions.
+    for i, cell in enumerate(sorted(missing, key=lambda cell: -cell["length"])):
+        for trial in range(1 if i else args.trials):
+            _ask(task, reader, cell, args.seed, trial)
     note_window(args.lengths, reader.config)
     done = (len(cells) - len(missing)) * args.trials
     with progress_bar(len(cells) * args.trials, label=task.name, unit="prompt", start=done) as bar:

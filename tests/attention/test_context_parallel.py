@@ -101,13 +101,18 @@ def test_a_mesh_attends_as_one_device(name, packed):
     assert_close(ours, brute_force.attention(*qkv[:3], seen, qkv[3], pattern.softcap), **F32)
 
 
-@pytest.mark.parametrize("g", [16, 8], ids=["half a group", "one group a shard"])
-def test_a_mesh_is_as_exact_as_one_device(g):
+@pytest.mark.parametrize(
+    ("pattern", "t", "heads"),
+    [(s2(16), 32, (8, 4)), (s2(8), 32, (8, 4)), (FULL, 256, (9, 3))],
+    ids=["by turns", "a neighbour", "a ring"],
+)
+def test_a_mesh_is_as_exact_as_one_device(pattern, t, heads):
     """Catches: sets of keys joined by a log-sum-exp that is rounded, which costs digits where scores are large."""
-    pattern, mesh = s2(g), mesh_of(context=4)
-    q, k, v, d_out = random_qkv(0, 2, 32, 8, 4, 8)
+    mesh = mesh_of(context=4)
+    q, k, v, d_out = random_qkv(0, 2, t, *heads, 8)
     q, k = 10 * q, 10 * k
-    right = brute_force.attention(q, k, v, brute_force.mask("s2", g, heads=8, t=32)[None], d_out)
+    seen = brute_force.mask(pattern.name, pattern.group_size, heads=heads[0], t=t)[None]
+    right = brute_force.attention(q, k, v, seen, d_out)
 
     def errors(attention):
         found = run(attention, q, k, v, d_out)

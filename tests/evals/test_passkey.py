@@ -166,18 +166,29 @@ def test_questions_of_a_depth_stand_in_other_places_of_a_haystack(run, tmp_path)
 
 
 def test_untrained_scalings_are_asked_too(run, monkeypatch, caplog):
-    """Catches: a scaling that does not reach the model, results of another scaling gone on with."""
-    opened = []
+    """Catches: a scaling that does not reach the model; results of another scaling gone on with, in either order, or
+    when it grew with the lengths."""
+    opened, asked = [], []
     monkeypatch.setattr(reader, "load_for_generation", lambda model, dtype: opened.append(model) or (None, None))
-    flags = ("--lengths", "300,600", "--depths", "0", "--trials", "1")
-    run(reads_last(10_000), *flags)
-    asked = run(reads_last(10_000), *flags, "--rope_type", "yarn")
-    assert asked["rope_override"] == {"rope_type": "yarn", "rope_factor": None} and "written anew" in caplog.text
-    run(reads_last(10_000), *flags, "--rope_type", "linear", "--rope_factor", "8")
-    scalings = [model.config.rope_scaling for model in opened]
-    assert scalings[0] is None and [(s.rope_type, s.factor) for s in scalings[1:]] == [("yarn", 3.0), ("linear", 8.0)]
+    flags = ("--depths", "0", "--trials", "1", "--lengths")
+    for lengths, scaling, found, prompts in (
+        ("300,600", (), None, 2),
+        ("300,600", ("--rope_type", "yarn"), ("yarn", 3.0), 2),
+        ("300,600", (), None, 2),
+        ("300", ("--rope_type", "linear"), ("linear", 2.0), 1),
+        ("300,600", ("--rope_type", "linear"), ("linear", 3.0), 2),
+        ("300", ("--rope_type", "linear", "--rope_factor", "3"), ("linear", 3.0), 0),
+        ("200", ("--rope_type", "linear"), None, 1),
+    ):
+        asked.clear()
+        written = run(reads_last(10_000, asked), *flags, lengths, *scaling)
+        assert len(asked) == prompts, (lengths, scaling)
+        assert written["rope_override"] == (found and dict(zip(("rope_type", "rope_factor"), found, strict=True)))
+        if prompts:
+            rope = opened[-1].config.rope_scaling
+            assert (rope and (rope.rope_type, rope.factor)) == found
     with pytest.raises(errors.UserError, match="--rope_factor needs --rope_type"):
-        run(reads_last(10_000), *flags, "--rope_factor", "8")
+        run(reads_last(10_000), *flags, "300", "--rope_factor", "8")
 
 
 def test_what_was_done_before_a_crash_is_there(run, tmp_path):
