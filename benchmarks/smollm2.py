@@ -28,6 +28,7 @@ DRAWN = ("base as it is", "base, YaRN x4, untrained", "control: YaRN x4, same to
 PASSKEY = {
     "base, YaRN x2, untrained": "base/passkey_yarn2.json",
     TWICE: "16k_3e-4_third/passkey.json",
+    "base, YaRN x4, untrained": "base/passkey_yarn4.json",
     FOUR_TIMES: "32k_3e-4_again/passkey.json",
     "control: YaRN x4, same tokens at 8,192": "control_8k_x4_3e-4/passkey.json",
 }
@@ -43,9 +44,11 @@ def perplexities(label: str, texts: str) -> dict[int, float]:
 
 
 def found(file: str) -> dict[int, str]:
-    """{length: "right of asked"} of a passkey grid, all depths together."""
+    """{length: "right of asked"} of a passkey grid, all depths together; without a length that was broken off."""
     rows = read_json(str(RUNS / file))["results"]
     cells = {length: [r for r in rows if r["length"] == length] for length in {r["length"] for r in rows}}
+    depths = max(map(len, cells.values()))
+    cells = {length: found for length, found in cells.items() if len(found) == depths}
     return {t: f"{sum(r['correct'] for r in c)} of {sum(r['trials'] for r in c)}" for t, c in cells.items()}
 
 
