@@ -108,6 +108,7 @@ def rehearse(monkeypatch, tmp_path, parts: str) -> dict[str, dict]:
     return {name: json.loads((tmp_path / f"tiny_{name}.json").read_text()) for name in parts.split(",")}
 
 
+@pytest.mark.slow
 def test_a_rehearsal_of_one_part(monkeypatch, tmp_path):
     """Catches: a part that does not start by itself, or whose file says neither what ran nor with which versions."""
     content = rehearse(monkeypatch, tmp_path, "torch_attention")["torch_attention"]

@@ -114,7 +114,7 @@ WAYS = {  # (mesh, chunks, remat)
 
 # Where what a model has meets what cuts it; the other pairs are slow, as all are compiled anew (windows over context
 # are in tests/attention/test_window.py).
-MEET = {("post norms", "tensor"), ("parallel residual", "chunks")}
+MEET = {("post norms", "tensor")}
 
 
 @pytest.mark.parametrize(

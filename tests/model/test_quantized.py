@@ -182,15 +182,9 @@ def temporaries(config: Config, layers: int) -> int:
     return compile_train_step(state, frozen, rows).memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-    "kind, remat",
-    [
-        ("int8", "none"),  # the others are slow: each compiles two models
-        pytest.param("nf4", "none", marks=pytest.mark.slow),
-        pytest.param("int8", "block", marks=pytest.mark.slow),
-        pytest.param("nf4", "block", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # each compiles two models
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("remat", ["none", "block"])
 def test_no_second_layer_is_ever_unpacked(kind, remat):
     """Catches: kernels that are unpacked before the loop over layers, or kept for the backward pass of each."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}

@@ -119,7 +119,7 @@ def test_a_coordinator_that_is_not_there(home, environment, tmp_path):
         "killed",
         pytest.param("the first killed", marks=pytest.mark.slow),
         pytest.param("stopped", marks=pytest.mark.slow),
-        "bug",
+        pytest.param("bug", marks=pytest.mark.slow),
     ],
 )
 def test_what_ends_one_process_ends_all(how, environment):

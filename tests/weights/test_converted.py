@@ -233,6 +233,7 @@ def convert(*arguments, **options):
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes, **options)
 
 
+@pytest.mark.slow
 def test_a_killed_conversion_goes_on_and_an_export_starts_clean(big, tmp_path):
     """Catches: half a model under the final name, a lock that outlives its process, a stop that loses the work."""
     source, out, aside = big, tmp_path / "out", tmp_path / ".out.incomplete"

@@ -202,10 +202,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "wanted, others",
-    [
-        pytest.param(*CASES[name], id=name, marks=pytest.mark.slow if name in ("bin", "adapter") else ())
-        for name in CASES
-    ],
+    [pytest.param(*CASES[name], id=name, marks=() if name == "safetensors" else pytest.mark.slow) for name in CASES],
 )
 def test_what_is_fetched(tmp_path, wanted, others):
     """Catches: weights fetched in two formats, .bin weights or a tokenizer left behind, a cache that needs the hub."""
