@@ -306,7 +306,7 @@ def initial_state(config: Config, model: Llama, mesh):
         assert config.model is not None  # resolve() filled it
         table = with_rows(config.model, load.open_model(config.init_from).table)
         base = sharding.place_weights(config.model, table, shardings, dtypes, model.quantization)
-        params = trainable.combine(_fresh_adapters(model, mesh)(key), base)
+        params = trainable.combine(_fresh_adapters(model, mesh)(key), base)  # pyright: ignore[reportArgumentType]
     else:
 
         def random(key):
