@@ -48,14 +48,14 @@ def found(file: str) -> dict[int, str]:
     rows = read_json(str(RUNS / file))["results"]
     cells = {length: [r for r in rows if r["length"] == length] for length in {r["length"] for r in rows}}
     depths = max(map(len, cells.values()))
-    cells = {length: found for length, found in cells.items() if len(found) == depths}
+    cells = {length: cell for length, cell in cells.items() if len(cell) == depths}
     return {t: f"{sum(r['correct'] for r in c)} of {sum(r['trials'] for r in c)}" for t, c in cells.items()}
 
 
-def table(title: str, lengths: tuple[int, ...], rows: dict[str, dict[int, str]], none: str) -> str:
-    """A table in Markdown; none: what stands where a row has no result."""
+def table(title: str, lengths: tuple[int, ...], rows: dict[str, dict[int, str]]) -> str:
+    """A table in Markdown, with a dash where a row has no result."""
     lines = [f"| {title} | " + " | ".join(f"{t:,}" for t in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
-    lines += [" | ".join([f"| {label}", *(row.get(t, none) for t in lengths)]) + " |" for label, row in rows.items()]
+    lines += [" | ".join([f"| {label}", *(row.get(t, "-") for t in lengths)]) + " |" for label, row in rows.items()]
     return "\n".join(lines)
 
 
@@ -68,9 +68,9 @@ def tables() -> list[str]:
     made = []
     for texts, title in (("novels", "novels"), ("math", "mathematics")):
         rows = {label: {t: shown(ppl) for t, ppl in perplexities(label, texts).items()} for label in ROWS}
-        made.append(table(title, LENGTHS, rows, "-"))
+        made.append(table(title, LENGTHS, rows))
     asked = (8192, 12_288, 16_384, 24_576, 32_768)
-    return [*made, table("passkeys", asked, {label: found(file) for label, file in PASSKEY.items()}, "-")]
+    return [*made, table("passkeys", asked, {label: found(file) for label, file in PASSKEY.items()})]
 
 
 def main() -> None:

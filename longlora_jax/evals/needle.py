@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_depths(parser)
     parser.add_argument("--haystack", required=True, metavar="FILE", help="a UTF-8 text to hide it in")
     args = parser.parse_args(argv)
-    haystack = read_haystack(args.haystack)
+    haystack, settings = read_haystack(args.haystack)
 
     def ask(reader: Reader, length: int, depth: float, rng: np.random.Generator) -> tuple[np.ndarray, str]:
         name, thing, place = (str(rng.choice(some)) for some in (NAMES, THINGS, PLACES))
@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     def stop(text: str) -> bool:
         return "\n" in text.lstrip()
 
-    settings = {"haystack": args.haystack, "haystack_begins": "anywhere"}
     run_grid(Task("needle", ask, judge, stop, 48, settings, graded=True), args, args.depths)
 
 

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_depths(parser)
     parser.add_argument("--haystack", metavar="FILE", help="a UTF-8 text to hide it in (default: LongLoRA's filling)")
     args = parser.parse_args(argv)
-    haystack = read_haystack(args.haystack) if args.haystack else None
+    haystack, settings = read_haystack(args.haystack) if args.haystack else (None, {"haystack": None})
 
     def ask(reader: Reader, length: int, depth: float, rng: np.random.Generator) -> tuple[np.ndarray, str]:
         key = int(rng.integers(1, LARGEST, endpoint=True))
@@ -78,7 +78,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     def stop(text: str) -> bool:
         return re.search(r"\d\D", text) is not None
 
-    settings = {"haystack": args.haystack} | ({"haystack_begins": "anywhere"} if haystack else {})
     run_grid(Task("passkey", ask, judge, stop, 16, settings), args, args.depths)
 
 

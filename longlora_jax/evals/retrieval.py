@@ -110,11 +110,14 @@ def add_depths(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", type=numbers(float, 0, 1), default=DEPTHS, metavar="D[,D...]", help=depths_help)
 
 
-def read_haystack(path: str) -> str:
-    """The text of a file, without blank ends. Raises UserError if there is none."""
+def read_haystack(path: str) -> tuple[str, dict[str, str]]:
+    """The text of a file, without blank ends, and what results that begin it anywhere say of it.
+
+    Raises UserError if there is none.
+    """
     if not (text := read_text(path).strip()):
         raise UserError(f"{path} is empty: give a text")
-    return text
+    return text, {"haystack": path, "haystack_begins": "anywhere"}
 
 
 def begun_anywhere(text: str, rng: np.random.Generator) -> str:
