@@ -97,8 +97,8 @@ def packed_specs(
 ) -> dict[str, P]:
     """Where the parts of a packed kernel lie: {part: spec}; shapes: those of all its parts, without a layer axis.
 
-    An axis of the mesh cuts what it cuts of the plain kernel where whole blocks are left, else the other side, else
-    nothing: a kernel can be kept packed on every mesh.
+    An axis of the mesh cuts what it cuts of the plain kernel (parallel/sharding.py) where whole blocks are left, else
+    the other side, else nothing: a kernel can be kept packed on every mesh.
     """
     units = shapes["absmax"]  # what can be cut: blocks, and groups of rows
     if units[0] == 1:  # int8, whose rows have one scale
@@ -106,8 +106,9 @@ def packed_specs(
     cut: list[list[str]] = [[], []]
     for place, name in enumerate(names):
         axes = rules.get(name) or ()
+        first = 0 if name == "embed" else place
         for axis in (axes,) if isinstance(axes, str) else axes:
-            for side in (place, 1 - place):
+            for side in (first, 1 - first):
                 ways = mesh.shape[axis] * math.prod(mesh.shape[a] for a in cut[side])
                 if units[side] % ways == 0:
                     cut[side].append(axis)

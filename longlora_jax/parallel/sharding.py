@@ -86,7 +86,7 @@ def weight_shardings(mesh: Mesh, logical_axes, shapes):
             layered = {name: x.shape[1:] for name, x in parts.items()}
             sides = get_leaf(logical_axes, names[:-1])["codes"][1:]
             return NamedSharding(mesh, P(None, *packed_specs(sides, layered, RULES, mesh)[names[-1]]))
-        spec = P(*(RULES.get(axis) for axis in axes))
+        spec = _cuts(axes, shape.shape, mesh)
         for size, logical, axis in zip(shape.shape, axes, spec, strict=False):
             cuts = {a: mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[a] > 1}
             if size % math.prod(cuts.values()):
@@ -99,6 +99,21 @@ def weight_shardings(mesh: Mesh, logical_axes, shapes):
     if faults:
         raise UserError(f"the mesh does not divide {'; '.join(faults)}: choose a smaller mesh axis")
     return specs
+
+
+def _cuts(axes, sizes, mesh: Mesh) -> P:
+    """The axes of the mesh that each axis of a weight is cut over.
+
+    Of a kernel that writes the hidden size (o_proj, down_proj) the axis that it reads is cut in place of that one,
+    where it is a multiple. To gather shares of a last axis, GPUs would turn them first: those of all layers at once,
+    which were then held twice.
+    """
+    spec = [RULES.get(axis) for axis in axes]
+    if axes[0] == "layers" and axes[-1] == "embed" and (taken := spec[1]) is not None:
+        first = ((taken,) if isinstance(taken, str) else taken) + RULES["embed"]
+        if sizes[1] % math.prod(mesh.shape[axis] for axis in first) == 0:
+            spec[1], spec[-1] = first, None
+    return P(*spec)
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:

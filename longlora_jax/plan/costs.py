@@ -66,10 +66,10 @@ def estimate(config: Config, mesh) -> dict[str, int]:
     block needs at its worst, in bytes a token, and the kernels of its layer, or the loss's logits with their softmax,
     and the output projection, whichever is more.
     Kernels that are cut are gathered: on TPUs those of three layers (what is computed with, its gradients', and the
-    next), of a packed base as codes; on GPUs those of one, but XLA keeps all of o_proj and down_proj, which are cut
-    along their last axis, a second time, turned so that it can gather them. A tied embedding that trains is gathered in
-    float32, copied to the dtype of activations, and has a gradient of all of it. Of a packed base one kernel is
-    unpacked, or with chunks those of an attention or an MLP.
+    next), of a packed base as codes; on GPUs those of one, but XLA keeps all of o_proj or down_proj a second time,
+    turned so that it can gather them, where they are cut along their last axis (parallel/sharding.py). A tied embedding
+    that trains is gathered in float32, copied to the dtype of activations, and has a gradient of all of it. Of a packed
+    base one kernel is unpacked, or with chunks those of an attention or an MLP.
     The constants 3, 8, 11 and 8 are fitted to what the compilers of TPUs and GPUs count (benchmarks/tpu_plans.json,
     tpu_plans_more.json and gpu_plans.json, which this meets within 7% but for a packed base on one TPU); of remat
     `none`, `dots` and `attention` one count each was taken. float32 takes twice the activations of bfloat16.
@@ -105,8 +105,8 @@ def estimate(config: Config, mesh) -> dict[str, int]:
         for_block = (1 if gpu else 3) * (size if packed is None else packed) * (attention + mlp)
         for_loss = size * projection
         if gpu and packed is None:
-            outputs = d * (attended + c.intermediate_size)
-            for_block += size * layers * outputs / cut
+            read = {attended: c.num_attention_heads, c.intermediate_size: c.intermediate_size}
+            for_block += size * layers * d * sum(n for n, units in read.items() if units % (tensor * cut)) / cut
     if packed is not None:
         for_block += size * (d * c.intermediate_size if config.chunks == 1 else max(attention, mlp))
     if c.tie_word_embeddings and config.mode not in ("lora", "lora_norm"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import socket
 import subprocess
@@ -109,6 +110,29 @@ def test_weights_and_moments_are_cut_over_the_mesh():
     jax.tree.map(
         lambda m, s: m.sharding.is_equivalent_to(s, m.ndim) or pytest.fail(str(m.sharding)), moments, shardings
     )
+
+
+@needs_8
+@pytest.mark.parametrize(
+    "axes, o_proj, down_proj",
+    [
+        ({"fsdp": 2, "tensor": 2}, (2, 1, 6, 16), (2, 7, 16)),
+        ({"fsdp": 2, "context": 2}, (2, 1, 6, 16), (2, 7, 16)),
+        ({"fsdp": 8}, (2, 4, 6, 2), (2, 28, 2)),
+        ({"fsdp": 2, "tensor": 4}, (2, 1, 6, 8), (2, 7, 8)),
+    ],
+    ids=str,
+)
+def test_kernels_that_write_the_hidden_size_are_cut_where_they_read(axes, o_proj, down_proj):
+    """Catches: 4 heads, or 28 features, that are not cut though they could be, cut though they cannot be, cut twice."""
+    mesh = make_mesh(MeshConfig(**{"data": 1, "fsdp": 1} | axes), jax.devices()[: math.prod(axes.values())])
+    model = Llama(tiny_config(num_key_value_heads=4, vocab_size=40))
+    shapes = abstract_params(model)
+    pieces = jax.tree.map(
+        lambda s, x: s.shard_shape(x.shape), weight_shardings(mesh, logical_axes(model), shapes), shapes
+    )
+    assert pieces["layers"]["self_attn"]["o_proj"]["kernel"] == o_proj
+    assert pieces["layers"]["mlp"]["down_proj"]["kernel"] == down_proj
 
 
 @needs_8

@@ -75,9 +75,11 @@ def test_s2_is_cudnns_and_copies_neither_keys_nor_weights(heads, kv_heads):
 @compiles
 def test_over_a_mesh_only_the_context_axis_permutes():
     """Catches: a sequence that is gathered, keys and values that are sent to more than one neighbour, operations that
-    GPUs join into one and that are counted by their first."""
+    GPUs join into one and that are counted by their first, a share of all layers' kernels turned to be gathered."""
     config, mesh, text = compiled(16, 8, MeshConfig(fsdp=2, context=4), 8)
     found = collectives(text, mesh)
+    turned = [dims.split(",") for dims in re.findall(r"= bf16\[([\d,]+)\]\S* transpose\(", text)]
+    assert turned and not [dims for dims in turned if str(LAYERS) in dims], turned
     assert {one.axis for one in found if one.op == "collective-permute"} == {"context"}
     gathered = [shape for one in found if one.op == "all-gather" for shape in one.shapes]
     assert {shape for shape in gathered if {T, T // 4} & set(shape)} == {

@@ -16,6 +16,7 @@ from longlora_jax.generate.session import Session, as_read, trace_step
 from longlora_jax.model.cache import abstract_cache, new_cache
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.plan import __main__ as command
+from longlora_jax.plan import gpus
 from longlora_jax.plan.generation import STEP, plan_generation, reading_flops, table
 
 
@@ -44,8 +45,9 @@ def test_flops_of_a_prompt_are_those_of_its_tokens(options):
     assert tokens[40] == 2 * 2 * matrices + 4 * 24 * sum(seen)
 
 
-def test_what_fits_a_card_by_formula():
+def test_what_fits_a_card_by_formula(monkeypatch):
     """Catches: a cache counted once for keys and values together, weights that are not cut, heads that are."""
+    monkeypatch.setattr(gpus, "_version", lambda package: "")
     config = presets.longlora(presets.qwen25_7b(), init_from="x", seq_len=1_048_576)
     found = plan_generation(config, "h100:8")
     assert found["cache_cut"] == {"heads": 4, "sequence": 2} and found["fits"] and found["memory_by"] == "formula"
