@@ -25,8 +25,9 @@ def to_hf(args: argparse.Namespace) -> None:
     """Anything that open_model opens -> Hugging Face folder, adapters merged."""
     from longlora_jax.weights import hf, load
     from longlora_jax.weights.base import merged_into
+    from longlora_jax.weights.workdir import at_step
 
-    model = load.open_model(load.at_step(args.model, args.step), args.dtype, check=True, base=args.base)
+    model = load.open_model(at_step(args.model, args.step), args.dtype, check=True, base=args.base)
     hf.write_hf(args.hf_dir, model.config, model.table, tokenizer_from=model.tokenizer_dir, chat=model.chat_format())
     if said := merged_into(model.workdir, args.base):
         print(said)
@@ -35,9 +36,10 @@ def to_hf(args: argparse.Namespace) -> None:
 def to_peft(args: argparse.Namespace) -> None:
     """Training workdir -> PEFT adapter, with embedding and norms where they were trained."""
     from longlora_jax.weights import converted, load, peft_export
+    from longlora_jax.weights.workdir import at_step, workdir_format
 
-    run, trained = load.open_adapters(load.at_step(args.workdir, args.step))
-    chat = load.workdir_format(args.workdir)
+    run, trained = load.open_adapters(at_step(args.workdir, args.step))
+    chat = workdir_format(args.workdir)
     if not args.base and converted.is_converted(run.init_from):
         raise errors.UserError(
             f"{args.workdir} started from the converted checkpoint {run.init_from}, which PEFT cannot load: name the "

@@ -37,8 +37,9 @@ from longlora_jax.resilience.health import Health
 from longlora_jax.resilience.lock import WorkdirLock
 from longlora_jax.resilience.watchdog import AGAIN, Watchdog
 from longlora_jax.training import metrics, optim, run
+from longlora_jax.training.resolve import keep_tokenizer, resolve
 from longlora_jax.training.step import TrainState, compile_train_step, jit_eval_step
-from longlora_jax.weights import load
+from longlora_jax.weights.workdir import write_run_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the resolved config.")
@@ -58,7 +59,7 @@ log = logging.getLogger("longlora_jax")
 
 def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> bool:
     """One run, from the config to the last checkpoint, or to where the watchdog ends it. Returns whether it is done."""
-    config, resumed = run.resolve(config, workdir)
+    config, resumed = resolve(config, workdir)
     metrics.check_wandb(config.wandb)
     distributed.check_same("config", lambda: dataclasses.asdict(config))
     config = meshes.resolve_mesh(config)
@@ -78,7 +79,7 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
     lock.acquire()
     checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints, keep_best=config.keep_best)
     if distributed.is_first():  # also of a run that resumes: its parts may lie elsewhere by now
-        load.write_run_config(workdir, run.keep_tokenizer(config, workdir))
+        write_run_config(workdir, keep_tokenizer(config, workdir))
     distributed.check_shared(f"{workdir}/config.json")
     distributed.check_same("step", lambda: {"the newest checkpoint": checkpoints.latest_step()})
     if checkpoints.latest_step() is not None:

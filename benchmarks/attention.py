@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from longlora_jax import errors
 from longlora_jax.files import write_json
+from longlora_jax.training.resolve import extend_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -206,7 +207,6 @@ def configs(platform: str, lengths, layers: int):
     """(name of the attention, config) for every length; groups of a quarter, and of one size for all lengths."""
     from longlora_jax import presets
     from longlora_jax.config import AttentionConfig
-    from longlora_jax.training import run
 
     model = presets.llama2_7b()
     model = dataclasses.replace(model, **SMALL) if platform == "cpu" else model
@@ -219,7 +219,7 @@ def configs(platform: str, lengths, layers: int):
             config = presets.longlora(model, init_from="", seq_len=seq_len)
             dtype = "float32" if platform == "cpu" else "bfloat16"
             config = dataclasses.replace(config, batch_size=1, accumulation=1, attention=attention, dtype=dtype)
-            yield name, dataclasses.replace(config, model=run.extend_model(model, config))
+            yield name, dataclasses.replace(config, model=extend_model(model, config))
 
 
 def fitting(everything: list) -> list:

@@ -33,6 +33,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.files import write_json
 from longlora_jax.parallel import sharding
 from longlora_jax.training import run
+from longlora_jax.training.resolve import resolve
 from longlora_jax.training.step import compile_train_step
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +95,7 @@ def measure_loader(source: str, path: str, tokenizer: str, steps: int) -> dict:
     start_seconds: until the first batch is there. waiting: the share of a loop's time that it stood in next(), after a
     step was started and before its loss was asked for, as train.py does: the most that a step can have waited.
     """
-    config, _ = run.resolve(read_config(str(ROOT / "configs" / "quickstart.py")), "")
+    config, _ = resolve(read_config(str(ROOT / "configs" / "quickstart.py")), "")
     step = _quickstart_step(config)
     batch_tokens = config.batch_size * config.seq_len
     rows = []

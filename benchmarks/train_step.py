@@ -184,12 +184,13 @@ def useful_flops(seq_len: int, attention: str) -> float:
     from longlora_jax import presets
     from longlora_jax.config import AttentionConfig
     from longlora_jax.training import run
+    from longlora_jax.training.resolve import extend_model
 
     model = dataclasses.replace(presets.llama2_7b(), **SIZES, head_dim=SIZES["hidden_size"] // 8)
     config = presets.longlora(model, init_from="", seq_len=seq_len)
     pattern = AttentionConfig("full") if attention == "full" else AttentionConfig()
     config = dataclasses.replace(config, attention=pattern)
-    config = dataclasses.replace(config, model=run.extend_model(model, config))
+    config = dataclasses.replace(config, model=extend_model(model, config))
     return step_flops(config, run.build_model(config).pattern)
 
 

@@ -78,7 +78,7 @@ def numbers(kind: type, least: float, most: float = math.inf):
     return read
 
 
-# Of every command that reads a run (see weights/load.at_step).
+# Of every command that reads a run (see weights/workdir.at_step).
 QUANTIZE = ("nf4", "int8")
 QUANTIZE_HELP = (
     "keep the blocks' matrices in memory in 4 or 8 bits, as bitsandbytes quantizes them (default: as they are)"

@@ -8,7 +8,7 @@ from longlora_jax import presets
 from longlora_jax.config import AttentionConfig, Config, MeshConfig
 from longlora_jax.parallel.sharding import make_mesh
 from longlora_jax.plan import costs
-from longlora_jax.training import run
+from longlora_jax.training.resolve import extend_model
 
 MODELS = {
     "7b": presets.llama2_7b(),
@@ -39,7 +39,7 @@ def config_of(step: Step, dtype: str) -> Config:
     attention = AttentionConfig("full") if step.attention == "full" else AttentionConfig()
     given = {"attention": attention, "remat": step.remat, "dtype": dtype}
     config = dataclasses.replace(config, batch_size=1, accumulation=1, **given)
-    return dataclasses.replace(config, model=run.extend_model(model, config))
+    return dataclasses.replace(config, model=extend_model(model, config))
 
 
 def planned(step: Step, devices) -> int:

@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What follows takes seconds to import: faults of the call are told before.
     from longlora_jax.chat.conversation import Reader
     from longlora_jax.data.tokenizer import load_tokenizer
-    from longlora_jax.weights.load import at_step, open_model
+    from longlora_jax.weights.load import open_model
+    from longlora_jax.weights.workdir import at_step
 
     args.model = at_step(args.model, args.step)
     opened = open_model(args.model, quantize=args.quantize)

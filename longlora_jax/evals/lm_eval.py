@@ -29,7 +29,8 @@ from longlora_jax.generate.generation import generate, load_for_generation
 from longlora_jax.model.decoder import Llama
 from longlora_jax.model.losses import output_kernel, output_logits
 from longlora_jax.progress import progress_bar
-from longlora_jax.weights.load import at_step, open_model
+from longlora_jax.weights.load import open_model
+from longlora_jax.weights.workdir import at_step
 
 try:
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]

@@ -20,7 +20,7 @@ from longlora_jax.evals.reader import Reader
 from longlora_jax.evals.results import Results
 from longlora_jax.evals.retrieval import add_model_flags, wilson
 from longlora_jax.progress import progress_bar
-from longlora_jax.weights.load import at_step
+from longlora_jax.weights.workdir import at_step
 
 
 class Question(NamedTuple):

@@ -27,7 +27,8 @@ from longlora_jax.evals.scoring import (
     plan_windows,
     stretch_rope,
 )
-from longlora_jax.weights.load import LoadedModel, at_step, open_model
+from longlora_jax.weights.load import LoadedModel, open_model
+from longlora_jax.weights.workdir import at_step
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from typing import Any
 
 from longlora_jax.errors import UserError
 from longlora_jax.files import holds_nothing, one_line, read_json, write_json
-from longlora_jax.weights.load import fingerprint, is_workdir, split_step
+from longlora_jax.weights.workdir import fingerprint, is_workdir, split_step
 
 log = logging.getLogger(__name__)
 

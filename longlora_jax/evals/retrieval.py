@@ -24,7 +24,7 @@ from longlora_jax.evals.results import Results
 from longlora_jax.evals.scoring import stretch_rope
 from longlora_jax.model_config import ModelConfig
 from longlora_jax.progress import progress_bar
-from longlora_jax.weights.load import at_step
+from longlora_jax.weights.workdir import at_step
 
 Z = 1.959964  # of the normal distribution, for 95%
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -18,7 +18,8 @@ from longlora_jax.files import check_writable, write_json
 from longlora_jax.generate.generation import common_prefix, load_for_generation, prompt_ids
 from longlora_jax.generate.session import SEEDS, Sampling, Session, chunk_size, complete
 from longlora_jax.progress import progress_bar
-from longlora_jax.weights.load import at_step, open_model
+from longlora_jax.weights.load import open_model
+from longlora_jax.weights.workdir import at_step
 
 MOST = 10**9  # of what can be counted on the command line: two of them are an int32
 

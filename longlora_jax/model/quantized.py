@@ -20,9 +20,8 @@ from jax.sharding import PartitionSpec as P
 from longlora_jax.model.codes import NESTED_BLOCK, TABLES, Layout, Quantization
 
 KERNEL = "kernel"
-_OVER_TENSOR: dict[str, str] = dict.fromkeys(
-    ("heads", "kv_heads", "mlp"), "tensor"
-)  # what stays cut when a kernel is gathered
+# What stays cut when a kernel is gathered.
+_OVER_TENSOR: dict[str, tuple[str, ...]] = dict.fromkeys(("heads", "kv_heads", "mlp"), ("tensor",))
 
 
 class Quantized(flax.struct.PyTreeNode):
@@ -93,7 +92,7 @@ def is_packed(path: Sequence[str]) -> bool:
 
 
 def packed_specs(
-    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, Any], mesh
+    names: Sequence[str], shapes: Mapping[str, tuple[int, ...]], rules: Mapping[str, tuple[str, ...]], mesh
 ) -> dict[str, P]:
     """Where the parts of a packed kernel lie: {part: spec}; shapes: those of all its parts, without a layer axis.
 
@@ -105,9 +104,8 @@ def packed_specs(
         units = shapes["codes"]
     cut: list[list[str]] = [[], []]
     for place, name in enumerate(names):
-        axes = rules.get(name) or ()
         first = 0 if name == "embed" else place
-        for axis in (axes,) if isinstance(axes, str) else axes:
+        for axis in rules.get(name, ()):
             for side in (first, 1 - first):
                 ways = mesh.shape[axis] * math.prod(mesh.shape[a] for a in cut[side])
                 if units[side] % ways == 0:

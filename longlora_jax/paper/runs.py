@@ -22,7 +22,8 @@ from longlora_jax.evals.perplexity import evaluate, on_device, stretch_rope
 from longlora_jax.files import read_json, write_json
 from longlora_jax.paper.tables import Run
 from longlora_jax.training.run import build_model
-from longlora_jax.weights.load import OpenModel, open_model, read_run_config
+from longlora_jax.weights.load import OpenModel, open_model
+from longlora_jax.weights.workdir import read_run_config
 
 CONFIG = "configs/paper.py"
 BASE = "models/tiny-python-llama"

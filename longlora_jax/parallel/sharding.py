@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis of a weight -> mesh axes. Axes that are not named here stay whole on every device.
-RULES: dict[str, str | tuple[str, ...]] = {
+RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp", "context"),  # a context axis holds weights as well: they are gathered layer by layer
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
 }
 BATCH = P(("data", "fsdp"), "context")
 
@@ -87,13 +87,13 @@ def weight_shardings(mesh: Mesh, logical_axes, shapes):
             sides = get_leaf(logical_axes, names[:-1])["codes"][1:]
             return NamedSharding(mesh, P(None, *packed_specs(sides, layered, RULES, mesh)[names[-1]]))
         spec = _cuts(axes, shape.shape, mesh)
-        for size, logical, axis in zip(shape.shape, axes, spec, strict=False):
-            cuts = {a: mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis or ()) if mesh.shape[a] > 1}
+        for size, logical, cut_over in zip(shape.shape, axes, spec, strict=True):
+            cuts = {a: mesh.shape[a] for a in cut_over if mesh.shape[a] > 1}
             if size % math.prod(cuts.values()):
                 name = "/".join(key.key for key in path)
                 cut = " x ".join(f"mesh.{a}={ways}" for a, ways in cuts.items())
                 faults.append(f"{name}: axis {logical} of {size} by {cut}")
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, P(*(cut_over or None for cut_over in spec)))
 
     specs = jax.tree_util.tree_map_with_path(one, logical_axes, shapes, is_leaf=lambda x: isinstance(x, P))
     if faults:
@@ -101,19 +101,19 @@ def weight_shardings(mesh: Mesh, logical_axes, shapes):
     return specs
 
 
-def _cuts(axes, sizes, mesh: Mesh) -> P:
+def _cuts(axes, sizes, mesh: Mesh) -> list[tuple[str, ...]]:
     """The axes of the mesh that each axis of a weight is cut over.
 
     Of a kernel that writes the hidden size (o_proj, down_proj) the axis that it reads is cut in place of that one,
     where it is a multiple. To gather shares of a last axis, GPUs would turn them first: those of all layers at once,
     which were then held twice.
     """
-    spec = [RULES.get(axis) for axis in axes]
-    if axes[0] == "layers" and axes[-1] == "embed" and (taken := spec[1]) is not None:
-        first = ((taken,) if isinstance(taken, str) else taken) + RULES["embed"]
-        if sizes[1] % math.prod(mesh.shape[axis] for axis in first) == 0:
-            spec[1], spec[-1] = first, None
-    return P(*spec)
+    spec = [RULES.get(axis, ()) for axis in axes]
+    if axes[0] == "layers" and axes[-1] == "embed" and spec[1]:
+        both = (*spec[1], *spec[-1])
+        if sizes[1] % math.prod(mesh.shape[axis] for axis in both) == 0:
+            spec[1], spec[-1] = both, ()
+    return spec
 
 
 def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:

@@ -22,7 +22,7 @@ from longlora_jax.model.quantized import is_packed
 from longlora_jax.parallel import sharding
 from longlora_jax.plan.chips import GIB, GPUS, Topology, find_topology, traced_for
 from longlora_jax.plan.planner import compiled_memory, exceeded
-from longlora_jax.training import run
+from longlora_jax.training.resolve import extend_model
 from longlora_jax.weights.hf_config import load_config
 
 STEP = 8192  # tokens: the longest prompt is a multiple
@@ -59,7 +59,7 @@ def plan_generation(
 
 def _mesh(config: Config, found: Topology):
     """(model config, mesh, shardings of the weights)."""
-    c = run.extend_model(config.model or load_config(config.init_from), config)
+    c = extend_model(config.model or load_config(config.init_from), config)
     if found.devices is None:
         make: Any = functools.partial(sharding.abstract_mesh, count=found.count)
     else:

@@ -27,6 +27,7 @@ from longlora_jax.plan.collectives import collectives, totals
 from longlora_jax.plan.costs import choose_remat, estimate, forward_flops, host_bytes, sent, step_flops
 from longlora_jax.plan.meshes import choose_mesh
 from longlora_jax.training import run
+from longlora_jax.training.resolve import extend_model
 from longlora_jax.training.step import compile_train_step
 from longlora_jax.weights.base import kept_as
 from longlora_jax.weights.hf_config import load_config
@@ -128,7 +129,7 @@ def with_base(config: Config) -> Config:
 
 def _extended(config: Config) -> ModelConfig:
     assert config.model is not None  # with_base filled it
-    return run.extend_model(config.model, config)
+    return extend_model(config.model, config)
 
 
 def _mesh(config: Config, topology: Topology) -> Any:

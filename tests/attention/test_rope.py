@@ -27,7 +27,7 @@ from longlora_jax.attention.rope import (
 )
 from longlora_jax.config import Config, RopeConfig
 from longlora_jax.errors import UserError
-from longlora_jax.training import run
+from longlora_jax.training.resolve import extend_model
 from longlora_jax.weights.hf_rope import rope_from_hf, rope_to_hf, window_from_hf
 
 # Both sides round a handful of f32 operations (6e-8 each) in their own order.
@@ -338,9 +338,9 @@ def test_kept_rope_has_the_window_that_is_trained():
     """Catches: rope.type=keep that leaves the old window in config.json, and generation that refuses more."""
     model = tiny_config(max_position_embeddings=16)
     config = Config(seq_len=32, steps=1, rope=RopeConfig(type="keep"))
-    kept = run.extend_model(model, config)
+    kept = extend_model(model, config)
     assert (kept.max_position_embeddings, kept.rope_scaling) == (32, None)
-    assert run.extend_model(kept, dataclasses.replace(config, seq_len=8)) == kept
+    assert extend_model(kept, dataclasses.replace(config, seq_len=8)) == kept
 
 
 @pytest.mark.parametrize("kind", ROPE_TYPES)

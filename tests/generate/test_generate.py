@@ -398,7 +398,7 @@ def test_what_the_machine_runs_out_of_is_one_line(error, capsys):
 def test_a_workdir_without_a_checkpoint(tmp_path):
     """Catches: a run that has saved nothing yet, taken for a model."""
     from longlora_jax.config import Config
-    from longlora_jax.weights.load import write_run_config
+    from longlora_jax.weights.workdir import write_run_config
 
     (tmp_path / "checkpoints").mkdir()
     write_run_config(str(tmp_path), Config(model=tiny_config(), seq_len=64, steps=1, mode="full"))

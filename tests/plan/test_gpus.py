@@ -19,6 +19,7 @@ from longlora_jax.plan import __main__ as command
 from longlora_jax.plan import chips, generation, gpus, planner
 from longlora_jax.plan.collectives import _computations, collectives, totals
 from longlora_jax.training import run
+from longlora_jax.training.resolve import extend_model
 
 WHY = gpus.find_gpus("h100", 2**33, 1)[1]
 compiles = pytest.mark.skipif(bool(WHY), reason=WHY)
@@ -34,7 +35,7 @@ def compiled(heads: int, kv_heads: int, mesh=MeshConfig(), count: int = 1, **opt
     )  # fmt: skip
     config = presets.longlora(model, init_from="x", seq_len=T)
     config = dataclasses.replace(config, batch_size=2, accumulation=1, dtype="bfloat16", mesh=mesh, **options)
-    config = dataclasses.replace(config, model=run.extend_model(model, config))
+    config = dataclasses.replace(config, model=extend_model(model, config))
     topology = chips.find_topology(f"h100:{count}")
     mesh = planner._mesh(config, topology)
     step, _ = planner._compile(config, run.build_model(config, mesh), mesh, topology)

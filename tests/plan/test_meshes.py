@@ -9,14 +9,14 @@ from longlora_jax.config_file import read_config
 from longlora_jax.parallel.sharding import abstract_mesh
 from longlora_jax.plan import meshes
 from longlora_jax.plan.costs import SPARE, estimate
-from longlora_jax.training import run
+from longlora_jax.training.resolve import extend_model
 
 GIB = 2**30
 
 
 def paper(**options):
     config = read_config("configs/7b_32k.py")
-    config = dataclasses.replace(config, model=run.extend_model(config.model, config), **options)
+    config = dataclasses.replace(config, model=extend_model(config.model, config), **options)
     return config
 
 

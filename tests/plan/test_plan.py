@@ -30,8 +30,9 @@ from longlora_jax.plan.collectives import Collective, collectives, totals
 from longlora_jax.plan.meshes import choose_mesh
 from longlora_jax.training import run
 from longlora_jax.training.optim import make_optimizer
+from longlora_jax.training.resolve import extend_model, resolve
 from longlora_jax.training.step import TrainState, compile_train_step, jit_train_step
-from longlora_jax.weights import load
+from longlora_jax.weights.workdir import write_run_config
 
 needs_8 = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (see conftest.py)")
 
@@ -150,7 +151,7 @@ def config_of(command: str):
     words = shlex.split(command)
     flags = [word for word in words if word.startswith("--config.")]
     config = read_config(words[words.index("--config") + 1], flags)
-    return dataclasses.replace(config, model=run.extend_model(config.model, config))
+    return dataclasses.replace(config, model=extend_model(config.model, config))
 
 
 def planned_config(name):
@@ -203,7 +204,7 @@ def test_what_is_sent_by_formula_is_what_the_compiler_sends(axes, pattern, accum
         dtype="float32",
         attention=AttentionConfig(pattern=pattern),
     )
-    config = dataclasses.replace(config, model=run.extend_model(config.model, config))
+    config = dataclasses.replace(config, model=extend_model(config.model, config))
     mesh = make_mesh(config.mesh)
     rows = jax.ShapeDtypeStruct((8, 512), "int32", sharding=batch_sharding(mesh, 8 // accumulation))
     compiled = compile_train_step(*run.abstract_state(config, run.build_model(config, mesh), mesh), rows)
@@ -258,7 +259,7 @@ def test_a_window_that_fits_gpus_is_found(capsys, by_formula):
     assert config.seq_len >= 2**18 and config.mesh.context == 2
     longer = dataclasses.replace(config, seq_len=2 * config.seq_len)
     for tried, fits in ((config, True), (longer, False)):
-        tried = dataclasses.replace(tried, model=run.extend_model(tried.model, tried))
+        tried = dataclasses.replace(tried, model=extend_model(tried.model, tried))
         with compiled_for("gpu"):
             assert (costs.estimate(tried, abstract_mesh(tried.mesh, 2))["total"] < 75.1 * 2**30) == fits
 
@@ -306,11 +307,11 @@ def test_a_run_chooses_its_remat_by_the_memory_of_its_devices(monkeypatch):
 def test_a_run_goes_on_with_another_remat(tmp_path):
     """Catches: "auto" that is refused at the second start, as config.json has the name that it became."""
     config = read_config("configs/quickstart.py", ["--config.remat=auto"])
-    resolved, resumed = run.resolve(config, str(tmp_path))
+    resolved, resumed = resolve(config, str(tmp_path))
     assert not resumed
     (tmp_path / "checkpoints").mkdir()
-    load.write_run_config(str(tmp_path), dataclasses.replace(resolved, remat="block"))
-    again, resumed = run.resolve(config, str(tmp_path))
+    write_run_config(str(tmp_path), dataclasses.replace(resolved, remat="block"))
+    again, resumed = resolve(config, str(tmp_path))
     assert resumed and again.remat == "auto"
 
 
@@ -368,7 +369,7 @@ def test_what_is_gathered_of_a_packed_base_is_codes():
     sent = {}
     for kind in ("none", "nf4", "nf4_double", "int8"):
         config = dataclasses.replace(plain, base_quantization=kind)
-        config = dataclasses.replace(config, model=run.extend_model(config.model, config))
+        config = dataclasses.replace(config, model=extend_model(config.model, config))
         rows = costs.sent(config, abstract_mesh(config.mesh, 8))
         sent[kind] = next(row["bytes"] for row in rows if row["op"] == "all-gather")
     lm_head = 2 * 64 * 8192 * 32_000

@@ -16,6 +16,7 @@ from tiny import random_batch
 from longlora_jax.config import EvalConfig, OptimConfig
 from longlora_jax.resilience.health import Health
 from longlora_jax.training.optim import make_optimizer
+from longlora_jax.training.resolve import resolve
 from longlora_jax.training.step import jit_train_step
 
 # A schedule, and clipping, which divides by a norm that is not finite.
@@ -111,7 +112,7 @@ def test_a_row_of_bad_steps_ends_the_run_with_its_batch(script, train, home, tmp
 
     saved = np.load(path, allow_pickle=False)
     assert int(saved["step"]) == 4 and (saved["tokens"] == letter).any()
-    config, _ = script.run.resolve(config, str(tmp_path / "none"))
+    config, _ = resolve(config, str(tmp_path / "none"))
     batches = script.run.open_batches(config, None)
     wanted = [next(batches) for _ in range(4)][-1]
     for name, x in wanted.items():

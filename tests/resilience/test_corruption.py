@@ -20,7 +20,8 @@ from longlora_jax.config import Config, DataConfig, LoraConfig
 from longlora_jax.errors import UserError
 from longlora_jax.resilience.checkpoints import RunCheckpoints
 from longlora_jax.weights import checksums
-from longlora_jax.weights.load import load_model, open_model, write_run_config
+from longlora_jax.weights.load import load_model, open_model
+from longlora_jax.weights.workdir import write_run_config
 
 ROOT = Path(__file__).parents[2]
 SAVED = (10, 20)

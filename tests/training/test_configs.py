@@ -16,6 +16,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.model.decoder import abstract_params
 from longlora_jax.model.trainable import count
 from longlora_jax.training import run
+from longlora_jax.training.resolve import extend_model
 from longlora_jax.training.step import train_step
 from longlora_jax.weights import hf
 
@@ -42,7 +43,7 @@ def resolved(config: Config) -> Config:
     """The config as a run sees it, but without the base's folder: a newcomer has no LLaMA-2."""
     if config.model is None:
         config.model = hf.load_config(config.init_from)
-    config.model = run.extend_model(config.model, config)
+    config.model = extend_model(config.model, config)
     return config
 
 

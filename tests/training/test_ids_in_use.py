@@ -11,6 +11,7 @@ from longlora_jax.config_file import read_config
 from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
 from longlora_jax.training import run
+from longlora_jax.training.resolve import resolve
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +25,7 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_rows(tmp_path):
     assert load_tokenizer(str(tmp_path / "t")).vocab_size == 4098
     given = read_config(str(ROOT / "configs" / "quickstart.py"))
     given.init_from = given.data.tokenizer = str(tmp_path / "t")
-    resolved, _ = run.resolve(given, str(tmp_path / "work"))
+    resolved, _ = resolve(given, str(tmp_path / "work"))
     assert resolved.model.vocab_size == 4096
     run.check_ids(np.array([[0, 4095]]), resolved)
     with pytest.raises(UserError, match="the data holds token 4096, and the model's vocabulary of 4096 ends before it"):

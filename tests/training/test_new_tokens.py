@@ -11,8 +11,10 @@ from longlora_jax.config import DataConfig, EvalConfig, MeshConfig
 from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
 from longlora_jax.training import run
+from longlora_jax.training.resolve import resolve
 from longlora_jax.weights.hf import load_hf
-from longlora_jax.weights.load import load_model, read_run_config
+from longlora_jax.weights.load import load_model
+from longlora_jax.weights.workdir import read_run_config
 
 TOKENS = ("<tool>", "<|call|>")
 
@@ -62,7 +64,7 @@ def test_new_tokens_are_trained_and_exported(train, script, monkeypatch, home, c
 
 def test_the_start_is_the_mean_of_the_others(config, tmp_path, script):
     """Catches: rows of zeros or noise, which a frozen model answers with nonsense."""
-    resolved, _ = run.resolve(config, str(tmp_path / "none"))
+    resolved, _ = resolve(config, str(tmp_path / "none"))
     state, _ = run.initial_state(resolved, run.build_model(resolved), script.sharding.make_mesh(resolved.mesh))
     rows = np.asarray(state.trainable["embed_tokens"]["embedding"])
     np.testing.assert_allclose(rows[257], rows[:257].mean(axis=0), rtol=1e-5, atol=1e-6)
@@ -72,10 +74,10 @@ def test_the_start_is_the_mean_of_the_others(config, tmp_path, script):
 def test_tokens_that_cannot_be_new(tokens, said, config, tmp_path):
     """Catches: a token that stands for two rows, and one that no text can hold."""
     with pytest.raises(UserError, match=said):
-        run.resolve(dataclasses.replace(config, new_tokens=tokens), str(tmp_path / "none"))
+        resolve(dataclasses.replace(config, new_tokens=tokens), str(tmp_path / "none"))
 
 
 def test_a_token_that_is_there_needs_no_row(config, tmp_path):
     """Catches: a second id for EOS, which the trained one would no longer end at."""
-    resolved, _ = run.resolve(dataclasses.replace(config, new_tokens=("<eos>", "<tool>")), str(tmp_path / "none"))
+    resolved, _ = resolve(dataclasses.replace(config, new_tokens=("<eos>", "<tool>")), str(tmp_path / "none"))
     assert resolved.model.vocab_size == 258

@@ -19,7 +19,9 @@ from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
 from longlora_jax.resilience.lock import LOCK, WorkdirLock
 from longlora_jax.training import optim, run
-from longlora_jax.weights.load import load_model, read_run_config
+from longlora_jax.training.resolve import resolve
+from longlora_jax.weights.load import load_model
+from longlora_jax.weights.workdir import read_run_config
 
 
 def plain(home, **changes):
@@ -109,7 +111,7 @@ def test_continue_from_begins_with_weights_and_moments(trained, train, fake, hom
     changes = {"continue_from": str(first), "init_from": "", "optim": optimizer, "data": data}
     more = dataclasses.replace(config, steps=2, seed=5, **changes)
 
-    resolved, resumes = run.resolve(more, str(tmp_path / "second"))
+    resolved, resumes = resolve(more, str(tmp_path / "second"))
     assert not resumes and resolved.init_from == config.init_from
     mesh = run.sharding.make_mesh(resolved.mesh)
     state, _ = run.initial_state(resolved, run.build_model(resolved), mesh)
@@ -178,10 +180,10 @@ def test_a_warm_up_that_does_not_end_is_said(home, tmp_path, caplog):
     config = longlora(home, steps=3)
     few = dataclasses.replace(config, optim=dataclasses.replace(config.optim, warmup_steps=20))
     with caplog.at_level(logging.WARNING):
-        run.resolve(few, str(tmp_path / "work"))
+        resolve(few, str(tmp_path / "work"))
     assert "optim.warmup_steps=20 of 3 steps" in caplog.text and "15%" in caplog.text
     caplog.clear()
-    run.resolve(dataclasses.replace(config, steps=40), str(tmp_path / "work"))
+    resolve(dataclasses.replace(config, steps=40), str(tmp_path / "work"))
     assert not caplog.records
 
 
@@ -234,4 +236,4 @@ def test_a_config_file_can_say_all_of_it(home, tmp_path, script):
     assert (found.keep_best, found.early_stop, found.continue_from) == (True, 3, "x")
     with pytest.raises(UserError, match="keep_best and early_stop go by eval/loss"):
         evaluation = dataclasses.replace(config.eval, every=0)
-        run.resolve(dataclasses.replace(config, keep_best=True, eval=evaluation), str(tmp_path / "work"))
+        resolve(dataclasses.replace(config, keep_best=True, eval=evaluation), str(tmp_path / "work"))

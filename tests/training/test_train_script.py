@@ -15,8 +15,10 @@ from tiny import tiny_config
 
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.config import AttentionConfig, DataConfig, EvalConfig, MeshConfig
+from longlora_jax.training.resolve import resolve
 from longlora_jax.weights.hf import load_hf
-from longlora_jax.weights.load import load_model, read_run_config
+from longlora_jax.weights.load import load_model
+from longlora_jax.weights.workdir import read_run_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -287,7 +289,7 @@ def test_a_state_lies_on_the_whole_mesh(kind, script, home, tmp_path):
     """Catches: scalars that start on one device and come back on all of them, so that step 2 compiles anew or fails; a
     model from nothing whose trained weights are rounded."""
     config = dataclasses.replace(kind(home), dtype="bfloat16")
-    config, _ = script.run.resolve(config, str(tmp_path / "none"))
+    config, _ = resolve(config, str(tmp_path / "none"))
     mesh = script.sharding.make_mesh(config.mesh)
     state, frozen = script.run.initial_state(config, script.run.build_model(config), mesh)
     for leaf in jax.tree.leaves((state, frozen)):

@@ -16,9 +16,10 @@ from runs import read_metrics
 
 from longlora_jax.config import Config, MeshConfig
 from longlora_jax.model.decoder import Llama
-from longlora_jax.training import run
-from longlora_jax.weights.load import load_model, read_run_config
+from longlora_jax.training.resolve import resolve
+from longlora_jax.weights.load import load_model
 from longlora_jax.weights.peft import load_peft
+from longlora_jax.weights.workdir import read_run_config
 
 THERE = "/tmp/earlier"  # where they lay when they were written
 
@@ -58,6 +59,6 @@ def test_an_earlier_run_goes_on(earlier, train, monkeypatch):
     assert saved.mode == "longlora" and Config(seq_len=8, steps=1, mode="lora_plus").mode == "longlora"
     before = read_metrics(earlier / "workdir")
     config = dataclasses.replace(saved, model=None, mesh=MeshConfig(fsdp=1), log_every=2)
-    assert run.resolve(config, str(earlier / "workdir"))[1]
+    assert resolve(config, str(earlier / "workdir"))[1]
     train(config, earlier / "workdir")
     assert read_metrics(earlier / "workdir") == before  # all of its steps were done

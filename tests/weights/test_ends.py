@@ -13,7 +13,8 @@ from longlora_jax.data.chat import adapter_format, folder_format, run_format
 from longlora_jax.model.decoder import Llama
 from longlora_jax.weights.gguf_tokenizer import tokenizer_files
 from longlora_jax.weights.hf import save_hf
-from longlora_jax.weights.load import open_model, workdir_format, write_run_config
+from longlora_jax.weights.load import open_model
+from longlora_jax.weights.workdir import workdir_format, write_run_config
 
 
 def read(folder, name: str) -> dict:

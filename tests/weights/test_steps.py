@@ -15,7 +15,8 @@ from longlora_jax.config import MeshConfig
 from longlora_jax.errors import UserError
 from longlora_jax.evals.results import weights_of
 from longlora_jax.weights.hf import load_hf
-from longlora_jax.weights.load import at_step, load_model, open_model
+from longlora_jax.weights.load import load_model, open_model
+from longlora_jax.weights.workdir import at_step
 
 
 @pytest.fixture
