@@ -13,6 +13,7 @@ from longlora_jax.errors import UserError
 # Bytes of JSON. An index or a header takes some 100 for each tensor, and a LLaMA of 405 B has 1,137. What is read takes
 # up to 25 times that in memory.
 JSON_LIMIT = 4_000_000
+DEEPEST, TOO_DEEP = 500, "it is nested too deeply"
 
 
 def one_line(text: str, limit: int) -> str:
@@ -39,11 +40,31 @@ def refuse_pointer(path: str) -> None:
 
 
 def parse_json(content: bytes) -> Any:
-    """json.loads of UTF-8; raises ValueError also if an object has a key twice, or if it is nested too deeply."""
+    """load_json of UTF-8; raises ValueError also if an object has a key twice."""
+    return load_json(content.decode("utf-8"), object_pairs_hook=_unique)
+
+
+def load_json(text: str, **how: Any) -> Any:
+    """json.loads; raises ValueError also if the value is nested too deeply (see check_depth)."""
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique)
+        return check_depth(json.loads(text, **how), text)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError(TOO_DEEP) from None
+
+
+def check_depth(value: Any, spelled: str) -> Any:
+    """The value that a JSON text spells; raises ValueError if it is nested more than DEEPEST times.
+
+    Pythons differ in what they read themselves (up to 10,000), and who walks through it calls itself.
+    """
+    if spelled.count("[") + spelled.count("{") > DEEPEST:
+        inside = [[value]]
+        for _ in range(DEEPEST + 1):
+            values = (x for part in inside for x in (part.values() if isinstance(part, dict) else part))
+            inside = [x for x in values if isinstance(x, dict | list)]
+        if inside:
+            raise ValueError(TOO_DEEP)
+    return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

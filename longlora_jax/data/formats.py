@@ -15,7 +15,7 @@ from typing import Any
 
 from longlora_jax.data.packed import CHUNK, LIMIT, Damaged, open_bytes, unpacked_name
 from longlora_jax.errors import UserError
-from longlora_jax.files import one_line
+from longlora_jax.files import TOO_DEEP, check_depth, load_json, one_line
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def _line_rows(stream: io.BufferedReader, name: str, reading: Reading) -> Iterat
         if not line.strip():
             continue
         try:
-            value = _parse(text := line.decode("utf-8"))
+            value = load_json(text := line.decode("utf-8"))
         except UnicodeDecodeError as error:
             reading.bad(where, _not_utf8(error))
         except ValueError as error:
@@ -258,9 +258,9 @@ class _Window:
                 if end < len(self._buffer) or not self._more():
                     spelled = self._buffer[self._at : end]
                     self._move(end)
-                    return value, spelled
+                    return check_depth(value, spelled), spelled
             except RecursionError:
-                raise ValueError("it is nested too deeply") from None
+                raise ValueError(TOO_DEEP) from None
             except json.JSONDecodeError as error:
                 # A value that is not read to its end looks broken at its end, or in its last string.
                 open_end = error.msg.startswith("Unterminated") or error.pos > len(self._buffer) - 16
@@ -313,13 +313,6 @@ def _parquet_rows(path: str, reading: Reading, columns: list[str] | None) -> Ite
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reading.bad(f"{path}, after row {number}", f"not Parquet that can be read ({one_line(str(error), 200)})")
     moved(size)
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def _checked(where: str, value: Any, spelled: str, reading: Reading) -> Row | None:

@@ -4,7 +4,6 @@ A field that is known is used as its own trainers use it. One that is not is cou
 that cannot be used as it is says which field is in the way.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 
 from longlora_jax.data.chat_template import Message
 from longlora_jax.errors import UserError
-from longlora_jax.files import one_line
+from longlora_jax.files import load_json, one_line
 
 ANSWERS = ("output", "response", "completion", "answer")
 SYSTEM = ("system", "system_prompt")
@@ -182,7 +181,7 @@ def _content(content: Any, where: str, what: str, more: bool) -> str:
 def _call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(call, str):
         try:
-            call = json.loads(call)
+            call = load_json(call)
         except ValueError:
             call = None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -214,7 +213,7 @@ def _put_variables(found: Conversation, row: dict[str, Any]) -> None:
         value = row.get(name)
         if isinstance(value, str) and value.strip():
             try:
-                value = json.loads(value)
+                value = load_json(value)
             except ValueError:
                 raise Malformed(f"the field {name!r} is no JSON") from None
         if not value or isinstance(value, str):

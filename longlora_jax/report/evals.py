@@ -65,7 +65,7 @@ def _read(path: str) -> list[Evaluation]:
     """What a JSON file holds of evaluations; [] if it holds none. The table of make quickstart is several."""
     try:
         content = parse_numbers(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON: {one_line(str(error), 200)}") from error
     if not isinstance(content, dict):
         return []

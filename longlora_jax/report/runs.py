@@ -12,7 +12,7 @@ from typing import Any
 from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
 from longlora_jax.errors import UserError
 from longlora_jax.fields import type_faults
-from longlora_jax.files import one_line, read_json
+from longlora_jax.files import load_json, one_line, read_json
 from longlora_jax.model.trainable import TRAINED_GROUPS, group_of
 from longlora_jax.weights.rules import weight_rules
 
@@ -115,9 +115,9 @@ def _check(config: dict[str, Any], path: str) -> None:
 def parse_numbers(text: str) -> Any:
     """JSON whose numbers can be reckoned with: those beyond 1e100 are infinite, those below 1e-100 are 0.
 
-    Raises ValueError or RecursionError.
+    Raises ValueError.
     """
-    return json.loads(text, parse_float=_number, parse_int=lambda d: int(d) if len(d) < 16 else _number(d))
+    return load_json(text, parse_float=_number, parse_int=lambda d: int(d) if len(d) < 16 else _number(d))
 
 
 def _number(digits: str) -> float:
@@ -142,7 +142,7 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
             step = line["step"]
             if type(step) is not int or step < 0 or not all(isinstance(v, int | float) for v in line.values()):
                 raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(
                 f"{path}, line {number} is not an object of numbers with a step: {one_line(text, 60)!r}; remove it"
             ) from None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from longlora_jax.data import formats
 from longlora_jax.data.formats import Reading, read_file_rows, read_text_file, text_of
 from longlora_jax.errors import UserError
+from longlora_jax.files import DEEPEST, TOO_DEEP, load_json
 
 GOOD = [{"text": "one"}, {"text": "zwei é 漢 🙂", "n": [1, {"a": None}]}, {"text": ""}]
 
@@ -84,6 +85,10 @@ def test_a_long_array_is_read_piece_by_piece(tmp_path, monkeypatch):
     assert values(write(tmp_path / "a.json", '[1234567890, {"a": 1}]'), reading) == [{"a": 1}] and reading.skipped == 1
 
 
+# Python 3.13 reads it, and then calls itself less deeply than that.
+DEEP = b"[" * 2000 + b"]" * 2000
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -92,6 +97,7 @@ def test_a_long_array_is_read_piece_by_piece(tmp_path, monkeypatch):
         ("a.jsonl", b'{"a": "caf\xe9"}\n', "line 1: not UTF-8: byte 0xe9 at offset 10"),
         ("a.jsonl", b'{"a": "\\ud83d"}\n', "line 1: half a surrogate pair"),
         ("a.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON (it is nested too deeply)"),
+        ("a.jsonl", b'{"a": %b}\n' % DEEP, "line 1: not JSON (it is nested too deeply)"),
         ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}\n", "line 1: not JSON (Exceeds the limit"),
         ("a.jsonl", os.urandom(4) + b"\x80\x00\x01" * 99, "line 1: not"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-9], "a.jsonl.gz: damaged (Compressed file ended"),
@@ -105,6 +111,7 @@ def test_a_long_array_is_read_piece_by_piece(tmp_path, monkeypatch):
         ("a.json", b'[{"a": 1}, 7]', "item 2 (line 1): a number where a JSON object is needed"),
         ("a.json", b'[{"a": "\xff"}]', "line 1: not UTF-8: byte 0xff"),
         ("a.json", b"[" * 100_000, "line 1: not JSON (it is nested too deeply)"),
+        ("a.json", b'[{"a": %b}]' % DEEP, "line 1: not JSON (it is nested too deeply)"),
         ("a.json", b'{\n"rows": []}', "a.json, line 2: not JSON (one object, without rows"),
         ("a.parquet", b"PAR1 or not", "a.parquet, after row 0: not Parquet that can be read"),
     ],
@@ -116,6 +123,16 @@ def test_broken_rows_are_named_or_left_out_and_counted(tmp_path, name, content, 
     reading = Reading("skip")
     rows = values(file, reading)
     assert reading.skipped >= 1 and all(isinstance(row, dict) for row in rows)
+
+
+def test_so_deep_and_no_deeper():
+    """Catches: a limit that is one off, that counts brackets in strings or neighbours, or that Python sets."""
+    for inner, depth in (("", 0), ("1", 0), ('{"a": 1}', 1), ('"[[{{"', 0)):
+        spelled = "[" * (DEEPEST - depth) + inner + "]" * (DEEPEST - depth)
+        assert load_json(spelled) == json.loads(spelled)
+        with pytest.raises(ValueError, match=TOO_DEEP):
+            load_json(f"[{spelled}]")
+    assert len(load_json(f"[{'[{}],' * DEEPEST}1]")) == DEEPEST + 1
 
 
 def test_good_rows_around_a_bad_one_are_kept(tmp_path, caplog):

@@ -148,6 +148,7 @@ def test_a_field_without_a_place_in_the_template_is_refused_by_its_name(field, r
         ({"instruction": "q", "output": "a", "history": "q"}, "turn 1 of 'history' is no pair"),
         ({"messages": [SYSTEM, *TURNS], "system": "Sing."}, "a system message twice, in 'system' and before"),
         ({"messages": TURNS, "tools": "{not JSON"}, "the field 'tools' is no JSON"),
+        ({"messages": TURNS, "tools": "[" * 2000 + "]" * 2000}, "the field 'tools' is no JSON"),
         ({"messages": TURNS, "tools": {"name": "f"}}, "the field 'tools' is no list"),
         ({"instruction": "q", "output": "a", "system": 3}, "the field 'system' is no text"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, "no JSON of a name and its arguments"),
