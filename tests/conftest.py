@@ -20,6 +20,8 @@ if importlib.metadata.version("jaxlib") < "0.11":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
 # A program in one piece: cut in 32, for as many threads, it takes a third more to compile on all cores together.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
+# YNNPACK prepares each matrix product anew when a program runs for the first time, which is mostly the only one.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type="
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # bitsandbytes would have its formulas compiled by a C++ compiler first, in each worker; they are the same without.
