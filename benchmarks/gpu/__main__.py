@@ -129,7 +129,7 @@ def summary(found: dict[str, dict]) -> list[str]:
             lines.append(f"steps      {what}, remat {row['remat']}: {row[speed]:,.0f} tokens/s{mfu}{beside}")
     for row in rows["prompts"]:
         if speed in row:
-            what = f"{row['model']} {row['tokens']:,} in chunks of {row['chunk']:,}"
+            what = f"{row['model']} {row['tokens']:,} in chunks of {row['chunk']:,}, blocks of {row['piece']:,}"
             lines.append(f"prompts    {what}: {row[speed]:,.0f} tokens/s, then {row['token_ms']:.1f} ms a token")
     for row in rows["smollm2"]:
         scores = ", ".join(
