@@ -6,13 +6,15 @@ and no [T, T] array exists.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlora_jax.attention.blockwise import MASKED, blockwise_attention
+from longlora_jax.attention.blockwise import MASKED, Rules, blockwise_attention
 from longlora_jax.attention.kernels import causal_attention, say_once
+from longlora_jax.attention.partial import Keys, Queries, attend_sets, slower_in_sets
 from longlora_jax.attention.patterns import ABLATIONS, ALIKE, GROUPED, Pattern, allowed, plain_heads
 
 
@@ -48,35 +50,67 @@ def short_runs(segment_ids, pattern: Pattern):
     return jax.vmap(row)(segment_ids)
 
 
-def attend_short(q, k, v, runs, pattern: Pattern, others, before=None):
+def attend_short(q, k, v, runs, pattern: Pattern, others, before: Keys | None = None):
     """Causal attention inside every segment of at most `size` tokens; for other tokens (runs -1) what `others` holds.
 
     size: pattern.full_below; q: [b, t, n, h]; k, v: [b, t, kv, h]; runs: [b, t], see short_runs; others: as q; before:
-    (k, v, runs) of the `size` tokens that came before. Who looks back `size` tokens sees all of such a segment, so
-    pieces of `size` tokens see themselves and the piece before. Rows without a short segment skip it.
+    Keys of the `size` tokens that came before. Who looks back `size` tokens sees all of such a segment, so pieces of
+    `size` tokens see themselves and the piece before. Rows without a short segment skip it.
     """
     b, t, n, h = q.shape
     size = pattern.full_below
     if before is None:
-        before = tuple(jnp.full((b, size, *x.shape[2:]), fill, x.dtype) for x, fill in ((k, 0), (v, 0), (runs, -2)))
+        nothing = jnp.zeros((b, size, *k.shape[2:]), k.dtype)
+        before = Keys(nothing, nothing, jnp.full((b, size), -2))
 
     def compute():
         # The last piece is filled up behind the last token, where nobody looks.
         pad = -t % size
-        pieces = (t + pad) // size
 
-        def twice(x, first):
-            x = jnp.concatenate([first, jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))], axis=1)
-            x = x.reshape(b, pieces + 1, size, *x.shape[2:])
-            return jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2).reshape(b * pieces, 2 * size, *x.shape[3:])
+        def cut(x, first=None):
+            """The pieces, or with what comes before the first one those before each, as rows."""
+            x = jnp.pad(x, ((0, 0), (0, pad), *((0, 0),) * (x.ndim - 2)))
+            x = x if first is None else jnp.concatenate([first, x[:, :-size]], axis=1)
+            return x.reshape(-1, size, *x.shape[2:])
 
-        # Queries for the piece before as well, so that the kernel sees a square: their results are dropped.
-        keys = map(twice, (k, v, runs), before)
-        out = causal_attention(twice(q, jnp.zeros((b, size, n, h), q.dtype)), *keys, softcap=pattern.softcap)
-        out = out[:, size:].reshape(b, t + pad, n, h)[:, :t]
+        past = Keys(*(cut(x, first) for x, first in zip((k, v, runs), before[:3], strict=True)))
+        out = attend_after(cut(q), cut(k), cut(v), cut(runs), past, pattern.softcap)
+        out = out.reshape(b, t + pad, n, h)[:, :t]
         return jnp.where((runs >= 0)[..., None, None], out, others)
 
     return jax.lax.cond(jnp.any(runs >= 0), compute, lambda: others)
+
+
+def attend_after(q, k, v, segment_ids, before: Keys, softcap: float) -> Any:
+    """Causal attention of q [Z, T, N, H] over keys that came before all of them and over its own k, v [Z, T, K, H].
+
+    segment_ids: [Z, T] or None; before: [Z, S, K, H], its count 0 or S where there is one, its segments other than all
+    of segment_ids where the count is 0.
+    """
+    if not slower_in_sets(q.shape, q.dtype, k.shape[2], segment_ids is not None, softcap):
+        sets = [(Keys(k, v, segment_ids), Queries(), Rules()), (before, Queries(), Rules(causal=False))]
+        return attend_sets(q, segment_ids, sets, softcap)
+    # By a kernel of whole rows: queries for the keys before as well, whose results are dropped.
+    t, s = q.shape[1], before.k.shape[1]
+    nobody = jnp.zeros((len(q), s, *q.shape[2:]), q.dtype)
+
+    def join(x, y):
+        return jnp.concatenate([x, y], axis=1)
+
+    if segment_ids is not None or before.count is None:
+        segments = None if segment_ids is None else join(before.segments, segment_ids)
+        q, k, v = join(nobody, q), join(before.k, k), join(before.v, v)
+        return causal_attention(q, k, v, segments, softcap=softcap)[:, s:]
+
+    def choose(x, y):
+        return jnp.where((before.count == 0)[:, None, None, None], x, y)
+
+    def place(x, y):
+        return choose(join(y, x), join(x, y))
+
+    # Keys that do not count stand behind the queries' own: in their future, where nobody looks.
+    out = causal_attention(place(nobody, q), place(before.k, k), place(before.v, v), softcap=softcap)
+    return choose(out[:, :t], out[:, s:])
 
 
 def parts_of(q, k, v, pattern: Pattern) -> list[tuple[jax.Array, jax.Array, jax.Array]]:

@@ -28,7 +28,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlora_jax.attention.attend import attend, attend_part, attend_short, parts_of, pieces, short_runs
+from longlora_jax.attention.attend import (
+    attend,
+    attend_after,
+    attend_part,
+    attend_short,
+    parts_of,
+    pieces,
+    short_runs,
+)
 from longlora_jax.attention.blockwise import NOBODY, Rules
 from longlora_jax.attention.kernels import causal_attention
 from longlora_jax.attention.partial import Keys, Queries, attend_sets, slower_in_sets
@@ -219,37 +227,10 @@ def _neighbour(k, v, segments, context: int):
 
 
 def _after(before, q, k, v, segment_ids, softcap: float) -> Any:
-    """Causal attention of q [b, t, n, h] over the keys before, [b, s, kv, h], and then its own."""
-    if slower_in_sets(q.shape, q.dtype, k.shape[2], segment_ids is not None, softcap):
-        return _squared(before, q, k, v, segment_ids, softcap)
+    """attention.attend_after of a shard's tokens, with those before from a neighbour: the first shard has none."""
     k_before, v_before, segments_before = before
     count = jnp.full(len(q), jnp.where(jax.lax.axis_index("context") == 0, 0, k_before.shape[1]))
-    others = Keys(k_before, v_before, segments_before, count)
-    sets = [(Keys(k, v, segment_ids), Queries(), Rules()), (others, Queries(), Rules(causal=False))]
-    return attend_sets(q, segment_ids, sets, softcap)
-
-
-def _squared(before, q, k, v, segment_ids, softcap: float):
-    """_after by a kernel of whole rows: queries for the keys before as well, whose results are dropped."""
-    k_before, v_before, segments_before = before
-    s, t = k_before.shape[1], q.shape[1]
-    nobody = jnp.zeros((q.shape[0], s, *q.shape[2:]), q.dtype)
-
-    def join(x, y):
-        return jnp.concatenate([x, y], axis=1)
-
-    if segment_ids is not None:
-        segments = join(segments_before, segment_ids)
-        q, k, v = join(nobody, q), join(k_before, k), join(v_before, v)
-        return causal_attention(q, k, v, segments, softcap=softcap)[:, s:]
-    # What the first shard was given stands behind its own tokens: in their future, where nobody looks.
-    first = jax.lax.axis_index("context") == 0
-
-    def place(x, y):
-        return jnp.where(first, join(y, x), join(x, y))
-
-    out = causal_attention(place(nobody, q), place(k_before, k), place(v_before, v), softcap=softcap)
-    return jnp.where(first, out[:, :t], out[:, s:])
+    return attend_after(q, k, v, segment_ids, Keys(k_before, v_before, segments_before, count), softcap)
 
 
 def _short(q, k, v, runs, pattern: Pattern, others, context: int):
@@ -258,7 +239,7 @@ def _short(q, k, v, runs, pattern: Pattern, others, context: int):
     if context > 1:
         k_before, v_before, runs_before = (_from_the_left(x[:, -size:], context) for x in (k, v, runs))
         first = jax.lax.axis_index("context") == 0
-        before = k_before, v_before, jnp.where(first, -2, runs_before)
+        before = Keys(k_before, v_before, jnp.where(first, -2, runs_before))
     return attend_short(q, k, v, runs, pattern, others, before)
 
 
