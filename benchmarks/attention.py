@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 from longlora_jax import errors
 from longlora_jax.files import write_json
-from longlora_jax.training.resolve import extend_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -207,6 +206,7 @@ def configs(platform: str, lengths, layers: int):
     """(name of the attention, config) for every length; groups of a quarter, and of one size for all lengths."""
     from longlora_jax import presets
     from longlora_jax.config import AttentionConfig
+    from longlora_jax.training.resolve import extend_model
 
     model = presets.llama2_7b()
     model = dataclasses.replace(model, **SMALL) if platform == "cpu" else model

@@ -22,7 +22,7 @@ class Prompt(NamedTuple):
     model: str
     tokens: int
     chunk: int = 512
-    piece: int = 8192  # what model/cache.py has
+    piece: int | None = None  # model/cache.py's own
 
 
 PROMPTS = [Prompt(m, t, c) for m in ("smollm2", "7b") for t in (16_384, 98_304) for c in (512, 4096)]
@@ -89,6 +89,7 @@ def main() -> None:
         return found | {"bytes_per_second": sum(needed(case)) / token}
 
     for case in TINY if part.tiny else PROMPTS:
+        case = case._replace(piece=case.piece or cache.PIECE)
         if limit and sum(needed(case)) > 0.85 * limit:
             part.run(case._asdict(), lambda: {"skipped": "the card's memory"})
         else:

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import importlib.metadata
 import itertools
-import json
 import os
 import traceback
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from longlora_jax.data.chat import ends_with_any, stop_ids
 from longlora_jax.errors import UserError, number
 from longlora_jax.evals.command import check_outputs
 from longlora_jax.evals.reader import before_any
-from longlora_jax.files import one_line, write_json
+from longlora_jax.files import load_json, one_line, write_json
 from longlora_jax.generate.generation import generate, load_for_generation
 from longlora_jax.model.decoder import Llama
 from longlora_jax.model.losses import output_kernel, output_logits
@@ -232,7 +231,7 @@ def _score(llama: Llama, params, tokens):
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    value = load_json(text)
     if not isinstance(value, dict):
         raise ValueError(text)
     return value

@@ -109,7 +109,7 @@ def _cuts(axes, sizes, mesh: Mesh) -> list[tuple[str, ...]]:
     which were then held twice.
     """
     spec = [RULES.get(axis, ()) for axis in axes]
-    if axes[0] == "layers" and axes[-1] == "embed" and spec[1]:
+    if len(axes) > 2 and axes[0] == "layers" and axes[-1] == "embed" and spec[1]:
         both = (*spec[1], *spec[-1])
         if sizes[1] % math.prod(mesh.shape[axis] for axis in both) == 0:
             spec[1], spec[-1] = both, ()

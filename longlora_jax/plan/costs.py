@@ -105,8 +105,8 @@ def estimate(config: Config, mesh) -> dict[str, int]:
         for_block = (1 if gpu else 3) * (size if packed is None else packed) * (attention + mlp)
         for_loss = size * projection
         if gpu and packed is None:
-            read = {attended: c.num_attention_heads, c.intermediate_size: c.intermediate_size}
-            for_block += size * layers * d * sum(n for n, units in read.items() if units % (tensor * cut)) / cut
+            read = (attended, c.num_attention_heads), (c.intermediate_size, c.intermediate_size)
+            for_block += size * layers * d * sum(n for n, units in read if units % (tensor * cut)) / cut
     if packed is not None:
         for_block += size * (d * c.intermediate_size if config.chunks == 1 else max(attention, mlp))
     if c.tie_word_embeddings and config.mode not in ("lora", "lora_norm"):

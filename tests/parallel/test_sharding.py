@@ -126,12 +126,13 @@ def test_weights_and_moments_are_cut_over_the_mesh():
 def test_kernels_that_write_the_hidden_size_are_cut_where_they_read(axes, o_proj, down_proj):
     """Catches: 4 heads, or 28 features, that are not cut though they could be, cut though they cannot be, cut twice."""
     mesh = make_mesh(MeshConfig(**{"data": 1, "fsdp": 1} | axes), jax.devices()[: math.prod(axes.values())])
-    model = Llama(tiny_config(num_key_value_heads=4, vocab_size=40))
+    model = Llama(tiny_config(num_key_value_heads=4, vocab_size=40, attention_bias=True))
     shapes = abstract_params(model)
     pieces = jax.tree.map(
         lambda s, x: s.shard_shape(x.shape), weight_shardings(mesh, logical_axes(model), shapes), shapes
     )
-    assert pieces["layers"]["self_attn"]["o_proj"]["kernel"] == o_proj
+    bias = (2, 16 // (axes["fsdp"] * axes.get("context", 1)))
+    assert pieces["layers"]["self_attn"]["o_proj"] == {"kernel": o_proj, "bias": bias}
     assert pieces["layers"]["mlp"]["down_proj"]["kernel"] == down_proj
 
 
