@@ -26,7 +26,7 @@ def table(found: dict[str, Any]) -> str:
         f"devices     {found['devices']} of {found['topology']}, mesh {found['mesh']}",
         f"attention   over context: {found['exchange']}",
         f"parameters  {found['parameters']:,}, of which {found['trainable_parameters']:,} train",
-        f"memory      {total:.2f} of {limit:.2f} GiB a device by {found['memory_by']}: {fits}",
+        f"memory      {total:.2f} of {limit:.2f} GiB a device by {found['compiler'] or 'formula'}: {fits}",
     ]
     if found["fits"] and total > limit:
         lines.append(

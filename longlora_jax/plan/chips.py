@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from longlora_jax.attention.kernels import compiled_for
 from longlora_jax.errors import UserError
-from longlora_jax.plan.gpus import compiled_for_gpu, find_gpus
+from longlora_jax.plan.gpus import compiled_for_gpu, find_gpus, installed_version
 
 GIB = 2**30
 
@@ -82,6 +82,14 @@ def find_topology(name: str) -> Topology:
         )
     devices = _tpus(name, kind, math.prod(int(n) for n in shape.split("x")))
     return Topology(kind, TPUS[kind], len(devices), devices)
+
+
+def compiler_of(found: Topology) -> str:
+    """The compiler of a topology, as "libtpu 0.0.52": what it counts differs by version. "" where it is missing."""
+    if found.devices is None:
+        return ""
+    package = "jaxlib" if found.kind in GPUS else "libtpu"  # JAX's CUDA plugin has jaxlib's version
+    return f"{package} {installed_version(package)}".rstrip()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.model.quantized import is_packed
 from longlora_jax.parallel import sharding
-from longlora_jax.plan.chips import GIB, GPUS, Topology, find_topology, traced_for
+from longlora_jax.plan.chips import GIB, GPUS, Topology, compiler_of, find_topology, traced_for
 from longlora_jax.plan.planner import compiled_memory, exceeded
 from longlora_jax.training.resolve import extend_model
 from longlora_jax.weights.hf_config import load_config
@@ -108,6 +108,7 @@ def _plan(config: Config, found: Topology, topology: str, chunk: int, tokens: in
             "sequence": math.prod(mesh.shape[axis] for axis in cut.slots),
         },
         "memory_by": "compiler" if found.devices else "formula",
+        "compiler": compiler_of(found),
         "fits": max(needed.values()) <= limit,
         "hbm_bytes_per_device": max(needed.values()),
         "hbm_limit_bytes": limit,
@@ -187,7 +188,7 @@ def table(found: dict[str, Any]) -> str:
             f"prompt      {found['tokens']:,} tokens in chunks of {found['chunk']:,}{packed}",
             f"devices     {found['devices']} of {found['topology']}, mesh {found['mesh']}",
             f"cache       heads over {cut['heads']}, the sequence over {cut['sequence']} devices",
-            f"memory      {rows['hbm']:.2f} of {limit:.2f} GiB a device by {found['memory_by']}: "
+            f"memory      {rows['hbm']:.2f} of {limit:.2f} GiB a device by {found['compiler'] or 'formula'}: "
             + ("fits" if found["fits"] else "DOES NOT FIT"),
             f"            weights {rows['weights']:.2f}, cache {rows['cache']:.2f} GiB; "
             f"a chunk needs {rows['prefill']:.2f} in all, a decode step {rows['decode']:.2f}",

@@ -106,7 +106,7 @@ device_description_str: "{card.name}"
 def find_gpus(kind: str, memory: int, count: int) -> tuple[list[Any] | None, str]:
     """(so many devices of a kind, ""), each with so many bytes of memory; (None, why) where JAX cannot compile for
     them."""
-    version = next(filter(None, map(_version, _PLUGINS)), "")
+    version = next(filter(None, map(installed_version, _PLUGINS)), "")
     if not version:
         return None, f"JAX's compiler for GPUs is not installed: {INSTALL}"
     if version != jax.__version__ or not version.startswith(_TRIED):
@@ -124,7 +124,8 @@ def find_gpus(kind: str, memory: int, count: int) -> tuple[list[Any] | None, str
     return found, ""
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of an installed package, "" where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -142,7 +143,7 @@ def _without_nvidias_libraries() -> Iterator[None]:
     with mock.patch.dict(os.environ, JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
         xla_bridge._discover_and_register_pjrt_plugins()
         if "cuda" not in xla_bridge._topology_factories:  # refused before, when somebody asked JAX for its devices
-            plugin = next(name for name in ("xla_cuda13", "xla_cuda12") if _version(f"jax_{name[4:]}_plugin"))
+            plugin = next(name for name in ("xla_cuda13", "xla_cuda12") if installed_version(f"jax_{name[4:]}_plugin"))
             importlib.import_module(f"jax_plugins.{plugin}").initialize()
         yield
 

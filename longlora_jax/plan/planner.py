@@ -22,7 +22,7 @@ from longlora_jax.model import trainable
 from longlora_jax.model.decoder import Llama, abstract_params
 from longlora_jax.model.layers import windows_of
 from longlora_jax.parallel import sharding
-from longlora_jax.plan.chips import GIB, GPUS, Topology, find_topology, traced_for
+from longlora_jax.plan.chips import GIB, GPUS, Topology, compiler_of, find_topology, traced_for
 from longlora_jax.plan.collectives import collectives, totals
 from longlora_jax.plan.costs import choose_remat, estimate, forward_flops, host_bytes, sent, step_flops
 from longlora_jax.plan.meshes import choose_mesh
@@ -37,7 +37,7 @@ def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
     """The plan of a run on a topology such as "v5e:2x4" (8 TPU chips of v5e) or "h100:8", as one JSON-like dict.
 
     TPUs are compiled for, and GPUs where JAX's CUDA plugin is installed, else planned by formula: "memory_by" and
-    "collectives_by" say "compiler" or "formula", and "not_compiled" says why not.
+    "collectives_by" say "compiler" or "formula", "compiler" which one, and "not_compiled" why there is none.
     mfu: the share of the chips' peak that the step is taken to reach, for tokens a second and hours: a guess, not a
     measurement. Raises UserError for a topology or a mesh that cannot be.
     """
@@ -94,6 +94,7 @@ def _plan(config: Config, topology: str, found: Topology, mfu: float) -> dict[st
         ),
         "fits": fits,
         "memory_by": "compiler" if by_compiler else "formula",
+        "compiler": compiler_of(found),
         "not_compiled": found.why,
         "hbm_bytes_per_device": needed,
         "hbm_limit_bytes": limit,

@@ -126,7 +126,7 @@ def test_every_card_is_one_to_the_compiler(kind):
 )
 def test_without_the_compiler_one_line_says_so(version, said, monkeypatch, capsys, caplog):
     """Catches: a formula passed off as the compiler's, a traceback of JAX's plugin, advice that is not said."""
-    monkeypatch.setattr(gpus, "_version", lambda package: version)
+    monkeypatch.setattr(gpus, "installed_version", lambda package: version)
     with caplog.at_level(logging.WARNING):
         command.main(["--config", "configs/7b_32k.py", "--topology", "h100:2", "--config.accumulation=32"])
     lines = capsys.readouterr().out.splitlines()

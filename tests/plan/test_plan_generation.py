@@ -47,7 +47,7 @@ def test_flops_of_a_prompt_are_those_of_its_tokens(options):
 
 def test_what_fits_a_card_by_formula(monkeypatch):
     """Catches: a cache counted once for keys and values together, weights that are not cut, heads that are."""
-    monkeypatch.setattr(gpus, "_version", lambda package: "")
+    monkeypatch.setattr(gpus, "installed_version", lambda package: "")
     config = presets.longlora(presets.qwen25_7b(), init_from="x", seq_len=1_048_576)
     found = plan_generation(config, "h100:8")
     assert found["cache_cut"] == {"heads": 4, "sequence": 2} and found["fits"] and found["memory_by"] == "formula"
