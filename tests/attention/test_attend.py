@@ -31,7 +31,7 @@ def with_blocks(block):
 
 
 # What the others are made of is here; their reach is compared bit by bit below.
-QUICK_PATTERNS = ("full", "s2", "short", "window")
+QUICK_PATTERNS = ("full", "s2", "window")
 
 
 MOSTLY_QUICK = [pytest.param(name, marks=() if name in QUICK_PATTERNS else pytest.mark.slow) for name in PATTERNS]

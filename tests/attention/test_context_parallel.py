@@ -75,7 +75,7 @@ CASES = {  # name: (pattern, mesh, (B, T, N, K), what is exchanged)
 # which go ways that others go: which way is held to HOW by all.
 SLOW = ("one group a shard", "half a group, two shards", "odd heads", "full, fewer heads than shards", "wrap")
 SLOW += ("full, odd heads", "cuts inside groups", "full, kv heads that cannot be shared out", "full, 9 heads")
-SLOW += ("full, shards without halves",)
+SLOW += ("full, shards without halves", "a kv group in both halves", "full, 5 heads, by an odd number of shards")
 SLOW += ("a quarter of a group", "swap", "an ablation", "whole groups", "half a group", "full", "heads over tensor")
 
 
@@ -103,8 +103,11 @@ def test_a_mesh_attends_as_one_device(name, packed):
 
 @pytest.mark.parametrize(
     ("pattern", "t", "heads"),
-    [(s2(16), 32, (8, 4)), (s2(8), 32, (8, 4)), (FULL, 256, (9, 3))],
-    ids=["by turns", "a neighbour", "a ring"],
+    [
+        pytest.param(s2(16), 32, (8, 4), id="by turns", marks=pytest.mark.slow),
+        pytest.param(s2(8), 32, (8, 4), id="a neighbour"),
+        pytest.param(FULL, 256, (9, 3), id="a ring"),
+    ],
 )
 def test_a_mesh_is_as_exact_as_one_device(pattern, t, heads):
     """Catches: sets of keys joined by a log-sum-exp that is rounded, which costs digits where scores are large."""

@@ -184,7 +184,7 @@ CASES = {  # name: (W, mesh, (B, T, N, K), packed)
 
 
 # Some of them: each is compiled anew.
-QUICK = ("a token of the next but one", "shards of one token", "itself alone")
+QUICK = ("a token of the next but one", "itself alone")
 QUICK += ("all shards before the last, packed", "more than are before the last", "everything, packed")
 
 

