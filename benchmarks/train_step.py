@@ -38,6 +38,7 @@ SIZES = {
 VARIANTS = {  # name: (library, attention, remat)
     "ours s2, remat block": ("ours", "s2", "block"),
     "ours s2, remat attention": ("ours", "s2", "attention"),
+    "ours s2, remat dots": ("ours", "s2", "dots"),
     "ours s2, no remat": ("ours", "s2", "none"),
     "ours full, remat block": ("ours", "full", "block"),
     "peer s2, checkpointing": ("peer", "s2", "block"),
