@@ -1,6 +1,6 @@
 """The price of a packed base: one extension trained over it in each precision, its perplexity by length.
 
-python -m benchmarks.base_precision --json benchmarks/base_precision.json
+python -m benchmarks.base_precision --config.steps=150 --json benchmarks/base_precision.json
 python -m benchmarks.base_precision --config configs/smollm2_135m_16k.py --data 'novels/*.txt' \
     --lengths 2048,8192,16384 --last 2048 --json benchmarks/base_precision_smollm2.json \
     --config.init_from=models/smollm2 --config.steps=20

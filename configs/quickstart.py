@@ -14,7 +14,7 @@ def get_config() -> Config:
     return Config(
         init_from="models/tiny-python-llama",
         seq_len=2048,
-        steps=150,
+        steps=60,
         batch_size=2,
         rope=RopeConfig(type="yarn"),
         attention=AttentionConfig(full_last=0.1),
@@ -22,6 +22,6 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=10, end_ratio=0.1),
         mesh=MeshConfig(fsdp=1),  # two rows a step are work for one device
         dtype="float32",
-        remat="none",
+        remat="dots",
         save_every=40,
     )
