@@ -2,7 +2,7 @@
 
 Command:   make quickstart, or python train.py --config configs/quickstart.py --workdir runs/quickstart/extended
 Hardware:  2 CPU cores, 2 GB of memory.
-Expected:  see README.md: the table that make quickstart prints.
+Expected:  see README.md: the table that make quickstart prints. docs/quickstart.md has what more steps bring.
 """
 
 from longlora_jax.config import AttentionConfig, Config, DataConfig, MeshConfig, OptimConfig, RopeConfig
