@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import random
@@ -16,12 +17,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # and in processes that tests start. XLA's emitters of fused loops are slow to compile; from jaxlib 0.11 on there are no
 # others.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-if importlib.metadata.version("jaxlib") < "0.11":
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
-# A program in one piece: cut in 32, for as many threads, it takes a third more to compile on all cores together.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
-# YNNPACK prepares each matrix product anew when a program runs for the first time, which is mostly the only one.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type="
+# libtpu reads these flags as well, and ends a process for one that it does not know.
+if not importlib.util.find_spec("libtpu"):
+    if importlib.metadata.version("jaxlib") < "0.11":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false"
+    # A program in one piece: cut in 32, for as many threads, it takes a third more to compile on all cores together.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_parallel_codegen_split_count=1"
+    # YNNPACK prepares each matrix product anew when a program runs for the first time, which is mostly the only one.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_experimental_ynn_fusion_type="
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # bitsandbytes would have its formulas compiled by a C++ compiler first, in each worker; they are the same without.
