@@ -102,7 +102,7 @@ def test_a_step_that_is_lowered_is_the_one_that_a_session_runs():
 def test_a_prompt_for_tpus_from_here():
     """The whole of it for a small model: needs the package libtpu, and no TPU. Catches a cache that is copied."""
     pytest.importorskip("libtpu")
-    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128}
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 40}
     config = presets.longlora(tiny_config(**sizes), init_from="x", seq_len=131_072)
     found = plan_generation(config, "v5e:2x2")
     assert found["cache_cut"] == {"heads": 2, "sequence": 2} and found["memory_by"] == "compiler"
