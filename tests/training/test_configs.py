@@ -26,7 +26,7 @@ PARAMETERS = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192,
 
 
 # One of every structure: LLaMA's other sizes, windows and modes lower as these do.
-LOWERED = {"tiny_base", "gemma3_4b_256k", "7b_32k_nf4"}
+LOWERED = {"tiny_base", "gemma3_4b_256k", "pythia_1b_16k", "7b_32k_nf4"}
 
 
 def load(path: Path) -> Config:
