@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from longlora_jax.attention.kernels import compiled_for
 from longlora_jax.errors import UserError
-from longlora_jax.plan.gpus import compiled_for_gpu, find_gpus, installed_version
+from longlora_jax.plan.gpus import compiled_for_gpu, find_gpus
+from longlora_jax.resilience.versions import installed_version
 
 GIB = 2**30
 

@@ -7,7 +7,6 @@ cuBLAS and cuDNN, whose workspace is chosen on the GPU: the compiler's count of 
 
 import contextlib
 import importlib
-import importlib.metadata
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from longlora_jax.attention.kernels import compiled_for
+from longlora_jax.resilience.versions import installed_version
 
 INSTALL = 'pip install -e ".[gpu-plan]"'
 OPTIONS: Any = {"xla_gpu_autotune_level": 0}  # kernels are chosen by rules: trying them would take a GPU
@@ -122,14 +122,6 @@ def find_gpus(kind: str, memory: int, count: int) -> tuple[list[Any] | None, str
     except (AttributeError, ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         return None, f"JAX cannot compile for {kind} here ({' '.join(str(error).split())[:120]}): {INSTALL}"
     return found, ""
-
-
-def installed_version(package: str) -> str:
-    """The version of an installed package, "" where it is not."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 @contextlib.contextmanager

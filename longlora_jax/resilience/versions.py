@@ -16,14 +16,18 @@ log = logging.getLogger("longlora_jax")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")
 
 
+def installed_version(package: str) -> str:
+    """The version of an installed package, "" where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def versions() -> dict[str, str]:
     """{"python": "3.12.3", "jax": ...}: also of this package, with its commit where it is a git checkout."""
     found = {"longlora_jax": _ours(), "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
+    found |= {name: installed_version(name) or "unknown" for name in _PACKAGES}
     return found | {"device": jax.devices()[0].device_kind}
 
 
@@ -43,10 +47,7 @@ def record(workdir: str, step: int) -> None:
 
 
 def _ours() -> str:
-    try:
-        version = importlib.metadata.version("longlora_jax")
-    except importlib.metadata.PackageNotFoundError:  # run from its folder
-        version = "not installed"
+    version = installed_version("longlora_jax") or "not installed"  # run from its folder
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return version
