@@ -22,6 +22,7 @@ ORDER: dict[str, tuple[str, ...] | None] = {
         "rope",
         "segments",
         "blockwise",
+        "strips",
         "kernels",
         "partial",
         "ring",

@@ -2,7 +2,8 @@
 
 No kernel knows about groups or shifts: attend.py cuts a pattern into pieces that are causal inside, and
 every piece comes here as rows of a batch. TPUs run JAX's splash attention, NVIDIA's GPUs cuDNN's flash attention where
-it can (gpu_fault says where not; segments.py has its packed rows), and any device the blocks of blockwise.py.
+it can (gpu_fault says where not; segments.py has its packed rows), CPUs the strips of strips.py for rows that are short
+enough, and any device the blocks of blockwise.py.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import numpy as np
 
 from longlora_jax.attention.blockwise import NOBODY, Rules, blockwise_attention, padded
 from longlora_jax.attention.segments import segmented_attention, segments_fault
+from longlora_jax.attention.strips import strip_attention, strip_side
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +43,15 @@ def platform() -> str:
 
 
 def kernel_name(dtype=jnp.bfloat16, head_dim: int = 128, softcap: float = 0.0, packed: bool = False) -> str:
-    """The kernel that causal_attention runs here without a window, for logs; packed: for rows of several segments."""
+    """The kernel that causal_attention runs here without a window, for logs; packed: for rows of several segments.
+
+    On a CPU for rows that strips.strip_side has a side for; longer ones run xla-blockwise.
+    """
     fault = gpu_fault((1, 1, 1, head_dim), dtype, 1, packed, softcap=softcap, capability=device_capability())
     if platform() == "gpu" and not fault:
         return "cudnn's segments on gpu" if packed else "cudnn on gpu"
-    return f"splash on {platform()}" if platform() == "tpu" else f"xla-blockwise on {platform()}"
+    name = {"tpu": "splash", "cpu": "xla-strips"}.get(platform(), "xla-blockwise")
+    return f"{name} on {platform()}"
 
 
 def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: float = 0.0):
@@ -66,6 +72,9 @@ def causal_attention(q, k, v, segment_ids=None, *, window: int = 0, softcap: flo
         if not fault:
             return segmented_attention(q, k, v, segment_ids) if packed else cudnn_attention(q, k, v, window=window)
         say_once(f"attention runs the blockwise XLA kernel, not cuDNN's: {fault}")
+    side = strip_side(q.shape[1]) if platform() == "cpu" and not window else None
+    if side:
+        return strip_attention(q, k, v, side, segment_ids, softcap=softcap)
     return blockwise_attention(q, k, v, segment_ids, window=window, softcap=softcap)
 
 

@@ -19,6 +19,7 @@ from longlora_jax.attention import blockwise
 from longlora_jax.attention.attend import attend
 from longlora_jax.attention.kernels import blockwise_attention, compiled_for, kernel_name, splash_attention
 from longlora_jax.attention.patterns import FULL, GROUPED, PATTERNS, Pattern
+from longlora_jax.attention.strips import strip_side
 
 
 def pattern_of(name, g):
@@ -97,10 +98,10 @@ def test_the_kernel_of_tpus_computes_the_same(t, n, k, h, packed):
 
 def test_the_platform_chooses_the_kernel():
     """Catches: a planner on a laptop that plans for the laptop's kernel."""
-    assert kernel_name() == "xla-blockwise on cpu"
+    assert kernel_name() == "xla-strips on cpu"
     with compiled_for("tpu"):
         assert kernel_name() == "splash on tpu"
-    assert kernel_name() == "xla-blockwise on cpu"
+    assert kernel_name() == "xla-strips on cpu"
 
 
 def test_large_scores_do_not_overflow():
@@ -196,9 +197,10 @@ def test_no_square_array_is_ever_built(name, packed):
         return attend(q, k, v, pattern_of(name, g), segment_ids=segments).sum()
 
     built = jaxpr_arrays.shapes(jax.value_and_grad(loss, argnums=(0, 1, 2)), x, kv, kv)
-    block = t // 8 if name == "full" else 64
-    assert any(len(shape) == 4 and shape[-1] == block for shape in built)  # the scores: the walk went into the loops
-    assert max(map(math.prod, built)) <= b * n * t * block
+    # The scores: the walk went into the loops. A window's are those of blocks, of two axes more than the strips'.
+    side, axes = (64, 4) if name == "window" else (strip_side(t if name == "full" else g), 3)
+    assert any(len(shape) == axes and shape[-1] == side for shape in built)
+    assert max(map(math.prod, built)) <= b * n * t * side
     assert not [shape for shape in built if sum(size >= t for size in shape) > 1]
     dense = jaxpr_arrays.shapes(lambda q, k, v: attend(q, k, v, Pattern("dilated", g)), x, kv, kv)
     assert max(map(math.prod, dense)) == b * n * t * t  # the walk would see it
