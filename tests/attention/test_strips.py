@@ -60,7 +60,7 @@ def test_strip_side():
         assert side <= 512 and -(-t // side) <= strips.MOST
         assert -(-t // side) * side - t <= t // 8 + 15 if t >= 128 else side == t
     assert strip_side(4097) is None
-    assert [strip_side(t) for t in (512, 2048, 4096)] == [128, 256, 512]
+    assert [strip_side(t) for t in (512, 1024, 2048, 4096)] == [128, 256, 512, 512]
 
 
 @pytest.mark.parametrize(
