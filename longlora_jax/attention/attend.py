@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlora_jax.attention.blockwise import MASKED, Rules, blockwise_attention
+from longlora_jax.attention.blockwise import MASKED, Rules, blockwise_attention, capped
 from longlora_jax.attention.kernels import causal_attention, say_once
 from longlora_jax.attention.partial import Keys, Queries, attend_sets, slower_in_sets
 from longlora_jax.attention.patterns import ABLATIONS, ALIKE, GROUPED, Pattern, allowed, plain_heads
@@ -224,9 +224,7 @@ def attend_where(mask, q, k, v, softcap: float = 0.0):
     h, n = q.shape[3], q.shape[2]
     k, v = (jnp.repeat(x, n // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("bqnh,bsnh->bnqs", q, k, preferred_element_type=jnp.float32) / math.sqrt(h)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask, scores, MASKED)
+    scores = jnp.where(mask, capped(scores, softcap), MASKED)
     weights = jnp.where(mask, jnp.exp(scores - scores.max(-1, keepdims=True)), 0)
     # A head of block_sparse may look into another document alone: then it sees nothing, and the sum, which is 1 or
     # more for everyone else, is 0.

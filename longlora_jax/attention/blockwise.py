@@ -118,10 +118,21 @@ def nothing(shape):
     return jnp.zeros(shape, jnp.float32), jnp.full(rows, MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
 
 
+def capped(scores, softcap: float):
+    """softcap * tanh(scores / softcap); as they are where it is 0."""
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+def cap_slope(scores, softcap: float):
+    """The derivative of capped, of what it gave, MASKED or not."""
+    # Those that a mask hides have no weight, and their square no room in float32.
+    return 1 - jnp.square(jnp.maximum(scores, -softcap) / softcap)
+
+
 def scores_of(q, k, softcap: float):
     """Scaled, capped scores [Z, K, ..., S] in float32 of q [Z, K, ..., H], by kv head, and k [Z, K, S, H]."""
     scores = jnp.einsum("zk...h,zksh->zk...s", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+    return capped(scores, softcap)
 
 
 def add_block(sums, scores, values):
@@ -229,8 +240,8 @@ def _backward(q, k, v, segments_q, segments_k, out, log_total, d_out, rules: Rul
             d_v += jnp.einsum("zkqs,zkqh->zksh", weights.astype(q.dtype), d_out_i, **f32)
             d_weights = jnp.einsum("zkqh,zksh->zkqs", d_out_i, v_j, **f32)
             d_scores = weights * (d_weights - _at(delta, i)[..., None]) * scale
-            if rules.softcap:  # those that a mask hides have no weight, and their square no room in float32
-                d_scores *= 1 - jnp.square(jnp.maximum(scores, -rules.softcap) / rules.softcap)
+            if rules.softcap:
+                d_scores *= cap_slope(scores, rules.softcap)
             d_scores = d_scores.astype(q.dtype)
             d_k += jnp.einsum("zkqs,zkqh->zksh", d_scores, q_i, **f32)
             d_q = d_q.at[i].add(jnp.einsum("zkqs,zksh->zkqh", d_scores, k_j, **f32))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from longlora_jax.attention.blockwise import MASKED, padded
+from longlora_jax.attention.blockwise import MASKED, cap_slope, capped, padded
 
 SCORES = 2**18  # of the heads that are computed together: 1 MB in float32
 MOST = 8  # strips of a row, each of which is compiled on its own
@@ -76,15 +76,9 @@ def _few_heads(function, side: int, results, segments, q, *others):
     return jax.lax.fori_loop(0, z * kv_heads // together, step, tuple(jnp.zeros(x.shape, x.dtype) for x in results))
 
 
-def _heads_first(*arrays):
-    """Each [T, k, R, ...] as [k, R, T, ...]."""
-    return tuple(jnp.moveaxis(x, 0, 2) for x in arrays)
-
-
 def _scores(first, second, softcap: float, *allowed):
     """Capped scores [k, X, Y] of [k, X, H] and [k, Y, H], MASKED where one of `allowed`, [X, Y] or None, is False."""
-    scores = jnp.einsum("kxh,kyh->kxy", first, second)
-    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
+    scores = capped(jnp.einsum("kxh,kyh->kxy", first, second), softcap)
     allowed = [x for x in allowed if x is not None]
     return jnp.where(functools.reduce(jnp.logical_and, allowed)[None], scores, MASKED) if allowed else scores
 
@@ -94,8 +88,7 @@ def _forward(q, k, v, segments, side: int, softcap: float):
     h = q.shape[-1]
 
     def heads(segments, q, k, v):
-        k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
-        (q,) = _heads_first(q / math.sqrt(h))
+        q, k, v = jnp.moveaxis(q / math.sqrt(h), 0, 2), k.swapaxes(0, 1), v.swapaxes(0, 1)
         shared, outs, logs = q.shape[1], [], []
         for start in range(0, q.shape[2], side):
             own = slice(start, start + side)
@@ -132,7 +125,7 @@ def _vjp_backward(side: int, softcap: float, residuals, d_out):
 
     def heads(segments, q, k, v, log_total, delta, d_out):
         k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
-        q, log_total, delta, d_out = _heads_first(q / math.sqrt(h), log_total, delta, d_out)
+        q, log_total, delta, d_out = (jnp.moveaxis(x, 0, 2) for x in (q / math.sqrt(h), log_total, delta, d_out))
         shared, t = q.shape[1:3]
         d_k, d_v = [], []
         # Tokens last: then the product that makes it reads a strip by rows.
@@ -148,8 +141,8 @@ def _vjp_backward(side: int, softcap: float, residuals, d_out):
             weights = jnp.exp(scores - log_i)
             d_v.append(jnp.einsum("kyx,kxh->kyh", weights, d_out_i))
             d_scores = weights * (jnp.einsum("kyh,kxh->kyx", v_j, d_out_i) - delta_i)
-            if softcap:  # those that a mask hides have no weight, and their square no room in float32
-                d_scores *= 1 - jnp.square(jnp.maximum(scores, -softcap) / softcap)
+            if softcap:
+                d_scores *= cap_slope(scores, softcap)
             d_k.append(jnp.einsum("kyx,kxh->kyh", d_scores, q_i))
             d_q_i = jnp.einsum("kyh,kyx->khx", k_j, d_scores)
             d_q = d_q.at[..., later].add(d_q_i.reshape(-1, h, shared, t - start))

@@ -19,7 +19,7 @@ from longlora_jax.attention import blockwise
 from longlora_jax.attention.attend import attend
 from longlora_jax.attention.kernels import blockwise_attention, compiled_for, kernel_name, splash_attention
 from longlora_jax.attention.patterns import FULL, GROUPED, PATTERNS, Pattern
-from longlora_jax.attention.strips import strip_side
+from longlora_jax.attention.strips import strip_attention, strip_side
 
 
 def pattern_of(name, g):
@@ -104,11 +104,16 @@ def test_the_platform_chooses_the_kernel():
     assert kernel_name() == "xla-strips on cpu"
 
 
-def test_large_scores_do_not_overflow():
+@pytest.mark.parametrize(
+    "kernel",
+    [functools.partial(blockwise_attention, block=4), functools.partial(strip_attention, side=8)],
+    ids=["blocks", "strips"],
+)
+def test_large_scores_do_not_overflow(kernel):
     """exp() of a score before the row's maximum is taken off: 88 is enough for inf in float32."""
     q, k, v, d_out = random_qkv(0, 1, 24, 2, 2, 4)
     q *= 300
-    ours = run(lambda *qkv: blockwise_attention(*qkv, block=4), q, k, v, d_out)
+    ours = run(kernel, q, k, v, d_out)
     oracle = brute_force.attention(q, k, v, np.tri(24, dtype=bool), d_out)
     # A score of 1,000 has an error of 6e-5 in float32, and its exponential the same relative one.
     assert_close(ours, oracle, rtol=1e-3, atol=1e-3 * float(np.abs(oracle[2]).max()))
@@ -197,7 +202,7 @@ def test_no_square_array_is_ever_built(name, packed):
         return attend(q, k, v, pattern_of(name, g), segment_ids=segments).sum()
 
     built = jaxpr_arrays.shapes(jax.value_and_grad(loss, argnums=(0, 1, 2)), x, kv, kv)
-    # The scores: the walk went into the loops. A window's are those of blocks, of two axes more than the strips'.
+    # The scores: the walk went into the loops. A window's are those of blocks, of an axis more than the strips'.
     side, axes = (64, 4) if name == "window" else (strip_side(t if name == "full" else g), 3)
     assert any(len(shape) == axes and shape[-1] == side for shape in built)
     assert max(map(math.prod, built)) <= b * n * t * side

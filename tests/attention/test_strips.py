@@ -43,16 +43,6 @@ def test_strips_of_its_own_choice(packed):
     assert_close(ours, brute_force.attention(*qkv[:3], seen, qkv[3]))
 
 
-def test_large_scores_do_not_overflow():
-    """exp() of a score before the row's maximum is taken off: 88 is enough for inf in float32."""
-    q, k, v, d_out = random_qkv(0, 1, 24, 2, 2, 4)
-    q *= 300
-    ours = run(lambda *x: strip_attention(*x, 8), q, k, v, d_out)
-    oracle = brute_force.attention(q, k, v, np.tri(24, dtype=bool), d_out)
-    # A score of 1,000 has an error of 6e-5 in float32, and its exponential the same relative one.
-    assert_close(ours, oracle, rtol=1e-3, atol=1e-3 * float(np.abs(oracle[2]).max()))
-
-
 def test_strip_side():
     """Catches: rows that are filled up by a quarter, a strip of thousands of tokens, dozens of strips to compile."""
     for t in range(1, 4097):
