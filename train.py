@@ -204,7 +204,8 @@ def print_census(config: Config, model: Llama, mesh, step_fn, data: Batches) -> 
     rope = config.model.rope_scaling
     scaled = f"{rope.rope_type} x{rope.factor:g} from {rope.original_max_position_embeddings:,}" if rope else "unscaled"
     print(f"model      window {config.model.max_position_embeddings:,}, rope {scaled}")
-    kernel = kernel_name(config.dtype, config.model.head_dim, packed=data.segmented)
+    tokens_seen = model.pattern.group_size or config.seq_len
+    kernel = kernel_name(config.dtype, config.model.head_dim, packed=data.segmented, tokens=tokens_seen)
     if model.quantization:
         print(f"base       matrices of the blocks in {model.quantization}")
     print(f"attention  {model.pattern}, kernel {kernel}, dtype {config.dtype}, remat {config.remat}")

@@ -42,15 +42,18 @@ def platform() -> str:
     return _target.get()[0] or jax.default_backend()
 
 
-def kernel_name(dtype=jnp.bfloat16, head_dim: int = 128, softcap: float = 0.0, packed: bool = False) -> str:
+def kernel_name(
+    dtype=jnp.bfloat16, head_dim: int = 128, softcap: float = 0.0, packed: bool = False, tokens: int = 1
+) -> str:
     """The kernel that causal_attention runs here without a window, for logs; packed: for rows of several segments.
 
-    On a CPU for rows that strips.strip_side has a side for; longer ones run xla-blockwise.
+    tokens: of a row, or of a group of it.
     """
     fault = gpu_fault((1, 1, 1, head_dim), dtype, 1, packed, softcap=softcap, capability=device_capability())
     if platform() == "gpu" and not fault:
         return "cudnn's segments on gpu" if packed else "cudnn on gpu"
-    name = {"tpu": "splash", "cpu": "xla-strips"}.get(platform(), "xla-blockwise")
+    in_strips = platform() == "cpu" and strip_side(tokens)
+    name = "splash" if platform() == "tpu" else "xla-strips" if in_strips else "xla-blockwise"
     return f"{name} on {platform()}"
 
 

@@ -102,6 +102,7 @@ def test_the_platform_chooses_the_kernel():
     with compiled_for("tpu"):
         assert kernel_name() == "splash on tpu"
     assert kernel_name() == "xla-strips on cpu"
+    assert kernel_name(tokens=4096) == "xla-strips on cpu" and kernel_name(tokens=4097) == "xla-blockwise on cpu"
 
 
 @pytest.mark.parametrize(
