@@ -120,7 +120,8 @@ def _vjp_forward(q, k, v, segments, side: int, softcap: float):
 
 def _vjp_backward(side: int, softcap: float, residuals, d_out):
     q, k, v, segments, out, log_total = residuals
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    # Not a sum of a product, which XLA:CPU computes at a twentieth of the speed where an axis has one entry.
+    delta = jnp.einsum("ztkrh,ztkrh->ztkr", d_out.astype(jnp.float32), out.astype(jnp.float32))
     h = q.shape[-1]
 
     def heads(segments, q, k, v, log_total, delta, d_out):

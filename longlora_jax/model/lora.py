@@ -4,6 +4,8 @@ An adapter is two leaves beside the `kernel` that it adapts: `lora_a` [.., in, R
 the head axes of the kernel kept apart. Its rank, targets and scale are a LoraConfig.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -17,8 +19,32 @@ def apply_lora(x, lora_a, lora_b, *, input_axes: int, scale: float):
 
     x: [..., *in]; lora_a: [*in, R]; lora_b: [R, *out]; input_axes: how many axes *in has. Returns [..., *out].
     """
-    low = jnp.tensordot(x, lora_a.astype(x.dtype), axes=input_axes)
-    return jnp.tensordot(low, lora_b.astype(x.dtype), axes=1) * jnp.asarray(scale, x.dtype)
+    low = _product(x, lora_a.astype(x.dtype), input_axes)
+    return _product(low, lora_b.astype(x.dtype), 1) * jnp.asarray(scale, x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x, weights, input_axes: int):
+    """jnp.tensordot, with a gradient of weights that XLA:CPU computes without turning the larger factor round.
+
+    JAX's own has the output's gradient first: of B, which reads R features and writes many, that is the larger one.
+    """
+    return jnp.tensordot(x, weights, axes=input_axes)
+
+
+def _product_forward(x, weights, input_axes: int):
+    return _product(x, weights, input_axes), (x, weights)
+
+
+def _product_backward(input_axes: int, residuals, d_y):
+    x, weights = residuals
+    outputs = tuple(range(input_axes - weights.ndim, 0))
+    batch = tuple(range(x.ndim - input_axes))
+    d_x = jnp.tensordot(d_y, weights, axes=(outputs, tuple(range(input_axes, weights.ndim))))
+    return d_x, jnp.tensordot(x, d_y, axes=(batch, batch))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def merge_lora(params, config: LoraConfig):

@@ -48,8 +48,9 @@ def test_codes_and_scales_are_bitsandbytes(kind, shape):
         found = quantize(array, Quantization(kind))
         np.testing.assert_array_equal(found["codes"], codes.numpy().reshape(-1))
         np.testing.assert_array_equal(found["absmax"], state.absmax.numpy())
-        state.dtype = torch.float32
-        back = functional.dequantize_4bit(codes, state).numpy()
+        # In one row: bitsandbytes 0.50 on CPUs with AVX-512 scales the end of a row that is not whole blocks wrongly.
+        state.dtype, state.shape = torch.float32, torch.Size([array.size])
+        back = functional.dequantize_4bit(codes, state).numpy().reshape(shape)
         np.testing.assert_array_equal(dequantize(found, shape, Quantization(kind)), back)
 
 
