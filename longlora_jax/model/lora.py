@@ -5,6 +5,7 @@ the head axes of the kernel kept apart. Its rank, targets and scale are a LoraCo
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,10 @@ def apply_lora(x, lora_a, lora_b, *, input_axes: int, scale: float):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x, weights, input_axes: int):
-    """jnp.tensordot, with a gradient of weights that XLA:CPU computes without turning the larger factor round.
+    """jnp.tensordot, whose gradient of weights has the factor of fewer features first.
 
-    JAX's own has the output's gradient first: of B, which reads R features and writes many, that is the larger one.
+    XLA:CPU turns the first factor of such a product round. JAX's own gradient always has d_y first, which of B is the
+    larger one by far.
     """
     return jnp.tensordot(x, weights, axes=input_axes)
 
@@ -41,7 +43,10 @@ def _product_backward(input_axes: int, residuals, d_y):
     outputs = tuple(range(input_axes - weights.ndim, 0))
     batch = tuple(range(x.ndim - input_axes))
     d_x = jnp.tensordot(d_y, weights, axes=(outputs, tuple(range(input_axes, weights.ndim))))
-    return d_x, jnp.tensordot(x, d_y, axes=(batch, batch))
+    if math.prod(weights.shape[:input_axes]) < math.prod(weights.shape[input_axes:]):
+        return d_x, jnp.tensordot(x, d_y, axes=(batch, batch))
+    d_weights = jnp.tensordot(d_y, x, axes=(batch, batch))
+    return d_x, jnp.moveaxis(d_weights, range(-input_axes, 0), range(input_axes))
 
 
 _product.defvjp(_product_forward, _product_backward)
