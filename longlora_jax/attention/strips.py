@@ -49,42 +49,44 @@ def _strips(q, k, v, segments, side: int, softcap: float):
     return _forward(q, k, v, segments, side, softcap)[0]
 
 
-def _few_heads(function, side: int, results, segments, q, *others):
-    """function(segments, q, *others) for a few kv heads of a row after the other.
+def _few_heads(function, side: int, results, segments, *arrays):
+    """function(segments, *arrays) for a few kv heads of a row after the other.
 
-    segments: [Z, T] or None; all others and results: [Z, T, K, ...], of which function takes and gives [T, k, ...] in
-    float32. results: their shapes and dtypes.
+    segments: [Z, T] or None. arrays: (x, axis), x: [Z, ...] with all K kv heads along that axis; the first is q [Z, T, K,
+    R, H]. function takes them without Z, with k heads, in float32, and gives results likewise: (shape and dtype, axis).
     """
-    z, t, kv_heads, shared = q.shape[:4]
+    z, t, kv_heads, shared = arrays[0][0].shape[:4]
     most = max(SCORES // (shared * side * t), 1)
     together = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n <= most)
 
     def step(i, found):
         row, first = i // (kv_heads // together), i % (kv_heads // together) * together
 
-        def some(x):
-            start, sizes = (row, 0, first) + (0,) * (x.ndim - 3), (1, t, together, *x.shape[3:])
-            return jax.lax.dynamic_slice(x, start, sizes)[0].astype(jnp.float32)
+        def start(x, axis: int):
+            return [{0: row, axis: first}.get(i, 0) for i in range(x.ndim)]
 
-        new = function(None if segments is None else segments[row], some(q), *map(some, others))
+        def some(x, axis: int):
+            sizes = [{0: 1, axis: together}.get(i, n) for i, n in enumerate(x.shape)]
+            return jax.lax.dynamic_slice(x, start(x, axis), sizes)[0].astype(jnp.float32)
 
-        def put(x, y):
-            return jax.lax.dynamic_update_slice(x, y[None].astype(x.dtype), (row, 0, first) + (0,) * (x.ndim - 3))
+        def put(x, axis: int, new):
+            return jax.lax.dynamic_update_slice(x, new[None].astype(x.dtype), start(x, axis))
 
-        return jax.tree.map(put, found, new)
+        new = function(None if segments is None else segments[row], *(some(*x) for x in arrays))
+        return tuple(put(x, axis, y) for x, (_, axis), y in zip(found, results, new, strict=True))
 
-    return jax.lax.fori_loop(0, z * kv_heads // together, step, tuple(jnp.zeros(x.shape, x.dtype) for x in results))
+    start = tuple(jnp.zeros(x.shape, x.dtype) for x, _ in results)
+    return jax.lax.fori_loop(0, z * kv_heads // together, step, start)
 
 
-def _scores(first, second, softcap: float, *allowed):
-    """Capped scores [k, X, Y] of [k, X, H] and [k, Y, H], MASKED where one of `allowed`, [X, Y] or None, is False."""
-    scores = capped(jnp.einsum("kxh,kyh->kxy", first, second), softcap)
+def _masked(scores, *allowed):
+    """scores [k, ...], MASKED where one of `allowed`, [1, ...] or None, is False."""
     allowed = [x for x in allowed if x is not None]
-    return jnp.where(functools.reduce(jnp.logical_and, allowed)[None], scores, MASKED) if allowed else scores
+    return jnp.where(functools.reduce(jnp.logical_and, allowed), scores, MASKED) if allowed else scores
 
 
 def _forward(q, k, v, segments, side: int, softcap: float):
-    """_strips' result and the log-sum-exp [Z, T, K, R] f32."""
+    """_strips' result and the log-sum-exp [Z, K, R, T] f32."""
     h = q.shape[-1]
 
     def heads(segments, q, k, v):
@@ -95,21 +97,25 @@ def _forward(q, k, v, segments, side: int, softcap: float):
             q_i = q[:, :, own].reshape(-1, shared * side, h)
             # Keys before the strip's own need no mask.
             before: list[tuple[slice, Any]] = [(slice(0, start), None)] if start else []
-            sets = [*before, (own, (jnp.arange(shared * side) % side)[:, None] >= jnp.arange(side)[None])]
+            sets = [*before, (own, ((jnp.arange(shared * side) % side)[:, None] >= jnp.arange(side)[None])[None])]
             scores = []
             for keys, causal in sets:
-                same = None if segments is None else jnp.tile(segments[own], shared)[:, None] == segments[keys][None]
-                scores.append(_scores(q_i, k[:, keys], softcap, causal, same))
+                same = None
+                if segments is not None:
+                    same = (jnp.tile(segments[own], shared)[:, None] == segments[keys][None])[None]
+                found = capped(jnp.einsum("kxh,kyh->kxy", q_i, k[:, keys]), softcap)
+                scores.append(_masked(found, causal, same))
             top = functools.reduce(jnp.maximum, (x.max(-1) for x in scores))
             weights = [jnp.exp(x - top[..., None]) for x in scores]
             total: Any = sum(x.sum(-1) for x in weights)
             found = [jnp.einsum("kxy,kyh->kxh", x, v[:, keys]) for x, (keys, _) in zip(weights, sets, strict=True)]
             outs.append((sum(found) / total[..., None]).reshape(-1, shared, side, h))
             logs.append((top + jnp.log(total)).reshape(-1, shared, side))
-        return tuple(jnp.moveaxis(jnp.concatenate(x, axis=2), 2, 0) for x in (outs, logs))
+        return jnp.moveaxis(jnp.concatenate(outs, axis=2), 2, 0), jnp.concatenate(logs, axis=2)
 
-    results = q, jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)
-    return _few_heads(heads, side, results, segments, q, k, v)
+    z, t, kv_heads, shared = q.shape[:4]
+    results = (q, 2), (jax.ShapeDtypeStruct((z, kv_heads, shared, t), jnp.float32), 1)
+    return _few_heads(heads, side, results, segments, (q, 2), (k, 2), (v, 2))
 
 
 def _vjp_forward(q, k, v, segments, side: int, softcap: float):
@@ -120,37 +126,44 @@ def _vjp_forward(q, k, v, segments, side: int, softcap: float):
 
 def _vjp_backward(side: int, softcap: float, residuals, d_out):
     q, k, v, segments, out, log_total = residuals
-    # Not a sum of a product, which XLA:CPU computes at a twentieth of the speed where an axis has one entry.
-    delta = jnp.einsum("ztkrh,ztkrh->ztkr", d_out.astype(jnp.float32), out.astype(jnp.float32))
     h = q.shape[-1]
+    # Not a sum of a product, which XLA:CPU computes at a twentieth of the speed where an axis has one entry.
+    delta = jnp.einsum("ztkrh,ztkrh->zkrt", d_out.astype(jnp.float32), out.astype(jnp.float32))
 
-    def heads(segments, q, k, v, log_total, delta, d_out):
+    def heads(segments, q, k, v, d_out, log_total, delta):
         k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
-        q, log_total, delta, d_out = (jnp.moveaxis(x, 0, 2) for x in (q / math.sqrt(h), log_total, delta, d_out))
+        q, d_out = (jnp.moveaxis(x, 0, 2) for x in (q / math.sqrt(h), d_out))
         shared, t = q.shape[1:3]
         d_k, d_v = [], []
         # Tokens last: then the product that makes it reads a strip by rows.
-        d_q = jnp.zeros((k.shape[0], h, shared, t))
+        d_q = jnp.zeros((q.shape[0], h, shared, t))
         for start in range(0, t, side):
             own, later = slice(start, start + side), slice(start, t)
-            q_i, d_out_i = (x[:, :, later].reshape(-1, shared * (t - start), h) for x in (q, d_out))
-            log_i, delta_i = (x[:, :, later].reshape(-1, 1, shared * (t - start)) for x in (log_total, delta))
             k_j, v_j = k[:, own], v[:, own]
-            causal = jnp.arange(side)[:, None] <= (jnp.arange(shared * (t - start)) % (t - start))[None]
-            same = None if segments is None else segments[own, None] == jnp.tile(segments[later], shared)[None]
-            scores = _scores(k_j, q_i, softcap, causal, same)
+            q_i, d_out_i = (x[:, :, later].reshape(-1, shared * (t - start), h) for x in (q, d_out))
+            log_i, delta_i = log_total[:, None, :, later], delta[:, None, :, later]
+            causal = jnp.arange(side)[None, :, None, None] <= jnp.arange(t - start)[None, None, None]
+            same = None
+            if segments is not None:
+                same = segments[own][None, :, None, None] == segments[later][None, None, None]
+
+            # The queries that share a kv head are rows of products. Between these they have an axis of their own: so
+            # loops run along tokens.
+            apart, rows = (-1, side, shared, t - start), (-1, side, shared * (t - start))
+            scores = _masked(capped(jnp.einsum("kyh,kxh->kyx", k_j, q_i).reshape(apart), softcap), causal, same)
             weights = jnp.exp(scores - log_i)
-            d_v.append(jnp.einsum("kyx,kxh->kyh", weights, d_out_i))
-            d_scores = weights * (jnp.einsum("kyh,kxh->kyx", v_j, d_out_i) - delta_i)
+            d_v.append(jnp.einsum("kyx,kxh->kyh", weights.reshape(rows), d_out_i))
+            d_scores = weights * (jnp.einsum("kyh,kxh->kyx", v_j, d_out_i).reshape(apart) - delta_i)
             if softcap:
                 d_scores *= cap_slope(scores, softcap)
-            d_k.append(jnp.einsum("kyx,kxh->kyh", d_scores, q_i))
-            d_q_i = jnp.einsum("kyh,kyx->khx", k_j, d_scores)
+            d_k.append(jnp.einsum("kyx,kxh->kyh", d_scores.reshape(rows), q_i))
+            d_q_i = jnp.einsum("kyh,kyx->khx", k_j, d_scores.reshape(rows))
             d_q = d_q.at[..., later].add(d_q_i.reshape(-1, h, shared, t - start))
         d_k, d_v = (jnp.concatenate(x, axis=1).swapaxes(0, 1) for x in (d_k, d_v))
         return d_q.transpose(3, 0, 2, 1) / math.sqrt(h), d_k, d_v
 
-    return *_few_heads(heads, side, (q, k, v), segments, q, k, v, log_total, delta, d_out), None
+    arrays = (q, 2), (k, 2), (v, 2), (d_out, 2), (log_total, 1), (delta, 1)
+    return *_few_heads(heads, side, arrays[:3], segments, *arrays), None
 
 
 _strips.defvjp(_vjp_forward, _vjp_backward)
