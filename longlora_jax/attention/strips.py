@@ -52,8 +52,8 @@ def _strips(q, k, v, segments, side: int, softcap: float):
 def _few_heads(function, side: int, results, segments, *arrays):
     """function(segments, *arrays) for a few kv heads of a row after the other.
 
-    segments: [Z, T] or None. arrays: (x, axis), x: [Z, ...] with all K kv heads along that axis; the first is q [Z, T, K,
-    R, H]. function takes them without Z, with k heads, in float32, and gives results likewise: (shape and dtype, axis).
+    segments: [Z, T] or None. arrays: (x, axis), x [Z, ...] with the K kv heads along it; first q [Z, T, K, R, H].
+    function takes them without Z, with k heads, in float32, and gives results likewise: (shape and dtype, axis).
     """
     z, t, kv_heads, shared = arrays[0][0].shape[:4]
     most = max(SCORES // (shared * side * t), 1)

@@ -26,6 +26,7 @@ from longlora_jax.config import MeshConfig, ModelConfig
 from longlora_jax.errors import UserError
 from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params, logical_axes
+from longlora_jax.model.layers import frequencies_of
 from longlora_jax.model.losses import output_kernel
 from longlora_jax.model.on_mesh import token_nll_on_mesh
 from longlora_jax.model.quantized import is_packed
@@ -259,7 +260,10 @@ def _nll_of_windows(
             "tokenize the text with the model's own tokenizer"
         )
     mesh = _mesh_for(model.config, seq_len)
-    llama = Llama(model.config, pattern=pattern, dtype=jnp.dtype(dtype), mesh=mesh, quantization=model.quantization)
+    # Without the rotary embedding, which is an argument: scalings of one model are compiled once.
+    config = dataclasses.replace(model.config, rope_scaling=None, max_position_embeddings=1)
+    rope = jax.tree.map(jnp.float32, frequencies_of(model.config, seq_len))
+    llama = Llama(config, pattern=pattern, dtype=jnp.dtype(dtype), mesh=mesh, quantization=model.quantization)
     # Cast first: a merged kernel that is rounded to bfloat16 is not what was trained.
     cast = dataclasses.replace(model, params=jax.tree_util.tree_map_with_path(_cast_to(dtype), model.params))
     params = jax.device_put(cast.merged(), _shardings(model.config, mesh, model.quantization))
@@ -270,7 +274,7 @@ def _nll_of_windows(
             # The last batch repeats its last window, so that every batch has one shape and is compiled once.
             padded = batch + batch[-1:] * (rows - len(batch))
             tokens = np.stack([documents[w.document][w.start : w.start + seq_len] for w in padded])
-            nll = np.asarray(_target_nll(llama, params, tokens))[: len(batch)]
+            nll = np.asarray(_target_nll(llama, params, tokens, rope))[: len(batch)]
             if not np.isfinite(nll).all():
                 raise UserError(
                     f"the model's loss at {seq_len=} is not finite: try --dtype float32, or its weights are damaged"
@@ -285,9 +289,9 @@ def _cast_to(dtype: str):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _target_nll(llama: Llama, params, tokens):
-    """nll [B, T - 1] of every token [B, T] but the first, given those before it."""
-    hidden = llama.apply({"params": params}, tokens, method="hidden")
+def _target_nll(llama: Llama, params, tokens, rope):
+    """nll [B, T - 1] of every token [B, T] but the first, given those before it; rope: of Llama.hidden."""
+    hidden = llama.apply({"params": params}, tokens, rope=rope, method="hidden")
     targets, softcap = jnp.roll(tokens, -1, axis=1), llama.config.final_logit_softcapping
     return token_nll_on_mesh(hidden, output_kernel(params), targets, llama.mesh, softcap=softcap)[:, :-1]
 

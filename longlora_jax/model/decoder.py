@@ -222,9 +222,12 @@ class Llama(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Weight("kernel", (c.hidden_size, c.vocab_size), ("embed", "vocab"), normal)
 
-    def hidden(self, tokens, positions=None, segment_ids=None, cache: Cache | None = None):
+    def hidden(self, tokens, positions=None, segment_ids=None, cache: Cache | None = None, *, rope=None):
         """tokens, positions, segment_ids: [B, T] int32; positions default to 0..T-1. Returns [B, T, D], normed (and
         scaled, where the model scales its logits).
+
+        rope: what frequencies_of gives, as arrays, for one compiled program of models that differ in it alone; None:
+        the config's, compiled in.
 
         With a cache the tokens follow what it holds, positions and segment_ids are not read, attention is full, and
         (x, cache) is returned; the caller says how far its lengths go on.
@@ -239,7 +242,8 @@ class Llama(nn.Module):
             if self.neftune_alpha and self.has_rng("dropout"):
                 x += constrain(neftune_noise(self.make_rng("dropout"), x, self.neftune_alpha, segment_ids), self.mesh)
         if cache is None:
-            cos, sin = tables_of(*frequencies_of(c, tokens.shape[1]), positions)
+            frequencies, factors = rope or frequencies_of(c, tokens.shape[1])
+            cos, sin = tables_of(frequencies, factors, positions)
         else:
             cos, sin = cache_tables(cache, tokens.shape[1])
         (x, cache), _ = self.layers((x, cache), kinds_of(c), cos, sin, segment_ids)

@@ -69,10 +69,10 @@ def frequencies_of(config: ModelConfig, seq_len: int) -> tuple[np.ndarray, tuple
     return np.stack(rows), tuple(factors)
 
 
-def tables_of(frequencies, factors: tuple[float, ...], positions) -> tuple[jax.Array, jax.Array]:
+def tables_of(frequencies, factors, positions) -> tuple[jax.Array, jax.Array]:
     """cos and sin [B, T, R/2] f32 of positions [B, T]; [ropes, B, T, R/2] where there are more rotary embeddings.
 
-    frequencies: [ropes, R/2], or [ropes, B, R/2] where rows have their own.
+    frequencies: [ropes, R/2], or [ropes, B, R/2] where rows have their own; factors: [ropes].
     """
     frequencies = jnp.asarray(frequencies)
     rows = frequencies if frequencies.ndim == 2 else frequencies[:, :, None]

@@ -7,6 +7,7 @@ is computed once more in its backward pass.
 
 import functools
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -53,7 +54,7 @@ class Norm(flax.struct.PyTreeNode):
     def __call__(self, x):
         """x: [..., *scale.shape]."""
         over = self.over or self.scale.ndim
-        x32 = x.astype(jnp.float32)
+        x32: Any = x.astype(jnp.float32)
         if self.kind == "layer":
             x32 -= jnp.mean(x32, axis=tuple(range(-over, 0)), keepdims=True)
         x32 = _by_rms(x32, over, self.eps)

@@ -6,6 +6,7 @@ the head axes of the kernel kept apart. Its rank, targets and scale are a LoraCo
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ def apply_lora(x, lora_a, lora_b, *, input_axes: int, scale: float):
 
     x: [..., *in]; lora_a: [*in, R]; lora_b: [R, *out]; input_axes: how many axes *in has. Returns [..., *out].
     """
-    low = _product(x, lora_a.astype(x.dtype), input_axes)
-    return _product(low, lora_b.astype(x.dtype), 1) * jnp.asarray(scale, x.dtype)
+    low: Any = _product(x, lora_a.astype(x.dtype), input_axes)
+    y: Any = _product(low, lora_b.astype(x.dtype), 1)
+    return y * jnp.asarray(scale, x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -1,5 +1,6 @@
 """Perplexity: every number against a plain loop over transformers, every fault of a user as one line."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -15,7 +16,7 @@ import tokenizers
 from longlora_jax import errors
 from longlora_jax.attention.patterns import Pattern
 from longlora_jax.config import LoraConfig
-from longlora_jax.evals import perplexity
+from longlora_jax.evals import perplexity, scoring
 from longlora_jax.evals.plots import plot_perplexity
 from longlora_jax.evals.scoring import evaluate, on_device, plan_same_targets, plan_windows, standard_error
 from longlora_jax.model.decoder import Llama, abstract_params
@@ -208,6 +209,16 @@ def test_adapters_are_part_of_the_model(model, documents):
     without = merge_lora(params, LoraConfig(rank=2, alpha=1e-9))
     plain = evaluate(LoadedModel(model.config, without, None, ""), documents, 16, max_windows=1)
     assert abs(plain["nll"] - result["nll"]) > 1e-3
+
+
+def test_scalings_are_compiled_once(model, documents):
+    """Catches: a program for each of the quickstart's rows, a quarter of its evaluation; frequencies of the first."""
+    scaled = [
+        dataclasses.replace(model, config=perplexity.stretch_rope(model.config, 64, kind)) for kind in ("yarn", "ntk")
+    ]
+    before = scoring._target_nll._cache_size()
+    losses = {evaluate(m, documents, 40, batch_size=2)["nll"] for m in (model, *scaled)}
+    assert scoring._target_nll._cache_size() == before + 1 and len(losses) == 3
 
 
 def test_pattern_and_dtype_reach_the_model(model, documents):
