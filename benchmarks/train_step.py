@@ -235,7 +235,8 @@ class Worker:
         # The others need memory of the same GPU.
         ours = {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         env = {**os.environ, **ours}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._variant, self._said = variant, tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
         self._process = subprocess.Popen(command, text=True, env=env, **pipes)
 
     def step(self) -> dict:
@@ -244,7 +245,10 @@ class Worker:
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            raise SystemExit(f"a variant died with exit code {self._process.wait()}")
+            code = self._process.wait()
+            self._said.seek(0)
+            last = (self._said.read().strip().splitlines() or ["it said nothing; -9 is what Linux does for memory"])[-1]
+            raise SystemExit(f"{self._variant} ended with exit code {code}: {last}")
         return json.loads(answer)
 
     def close(self) -> None:
