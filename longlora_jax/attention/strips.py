@@ -158,7 +158,9 @@ def _vjp_backward(side: int, softcap: float, residuals, d_out):
                 d_scores *= cap_slope(scores, softcap)
             d_k.append(jnp.einsum("kyx,kxh->kyh", d_scores.reshape(rows), q_i))
             d_q_i = jnp.einsum("kyh,kyx->khx", k_j, d_scores.reshape(rows))
-            d_q = d_q.at[..., later].add(d_q_i.reshape(-1, h, shared, t - start))
+            # Not d_q.at[..., later].add, a scatter: jaxlib 0.11.2 crashes when it compiles that in a shard_map.
+            d_q_i = d_q[..., later] + d_q_i.reshape(-1, h, shared, t - start)
+            d_q = jax.lax.dynamic_update_slice_in_dim(d_q, d_q_i, start, axis=3)
         d_k, d_v = (jnp.concatenate(x, axis=1).swapaxes(0, 1) for x in (d_k, d_v))
         return d_q.transpose(3, 0, 2, 1) / math.sqrt(h), d_k, d_v
 
