@@ -62,15 +62,15 @@ def _few_heads(function, side: int, results, segments, *arrays):
     def step(i, found):
         row, first = i // (kv_heads // together), i % (kv_heads // together) * together
 
-        def start(x, axis: int):
-            return [{0: row, axis: first}.get(i, 0) for i in range(x.ndim)]
+        def corner(x, axis: int):
+            return [{0: row, axis: first}.get(dim, 0) for dim in range(x.ndim)]
 
         def some(x, axis: int):
-            sizes = [{0: 1, axis: together}.get(i, n) for i, n in enumerate(x.shape)]
-            return jax.lax.dynamic_slice(x, start(x, axis), sizes)[0].astype(jnp.float32)
+            sizes = [{0: 1, axis: together}.get(dim, size) for dim, size in enumerate(x.shape)]
+            return jax.lax.dynamic_slice(x, corner(x, axis), sizes)[0].astype(jnp.float32)
 
         def put(x, axis: int, new):
-            return jax.lax.dynamic_update_slice(x, new[None].astype(x.dtype), start(x, axis))
+            return jax.lax.dynamic_update_slice(x, new[None].astype(x.dtype), corner(x, axis))
 
         new = function(None if segments is None else segments[row], *(some(*x) for x in arrays))
         return tuple(put(x, axis, y) for x, (_, axis), y in zip(found, results, new, strict=True))
