@@ -64,6 +64,23 @@ _SYSTEM = """{%- if not messages or messages[0]['role'] != 'system' -%}
 """
 
 
+# Before a template that has no place for a system message: it goes before the first question.
+_FOLD = """{%- if messages and messages[0]['role'] == 'system' -%}
+  {%- set folding = namespace(system=messages[0]['content'], turns=[]) -%}
+  {%- for message in messages[1:] -%}
+    {%- if message['role'] == 'user' and folding.system is not none -%}
+      {%- set content = folding.system + '\\n\\n' + message['content'] -%}
+      {%- set folding.turns = folding.turns + [{'role': 'user', 'content': content}] -%}
+      {%- set folding.system = none -%}
+    {%- else -%}
+      {%- set folding.turns = folding.turns + [message] -%}
+    {%- endif -%}
+  {%- endfor -%}
+  {%- set messages = folding.turns -%}
+{%- endif -%}
+"""
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """What a model is asked under, and what ends its answers.
@@ -149,9 +166,7 @@ def run_format(parts: Sequence[DataConfig], model_folder: str) -> ChatFormat:
     if chats is None:
         return ChatFormat(base.template, base.special, ends)
     tokenizer = load_tokenizer(chats.tokenizer or folder)
-    template = load_prompt(
-        chats.prompt, chats.tokenizer or folder, tokenizer, add_bos=chats.add_bos, system=chats.system
-    )
+    template = load_prompt(chats, chats.tokenizer or folder, tokenizer)
     token, stop = closing_of(template, tokenizer)
     first = next((i for t, i in tokenizer.added_tokens().items() if t.strip() == token), tokenizer.eos_id)
     ends = tuple(dict.fromkeys(i for i in (first, *ends) if i is not None))
@@ -159,18 +174,43 @@ def run_format(parts: Sequence[DataConfig], model_folder: str) -> ChatFormat:
     return ChatFormat(template.source, special, ends, token, (stop,) if stop else ())
 
 
-def load_prompt(
-    prompt: str, folder: str, tokenizer: Tokenizer | None = None, *, add_bos: bool = True, system: str = ""
-) -> ChatTemplate:
+def load_prompt(data: DataConfig, folder: str, tokenizer: Tokenizer | None = None) -> ChatTemplate:
     """The template that data.prompt names: "chat", the tokenizer's own, or "alpaca", LongLoRA's prompt.
 
-    add_bos: LongLoRA's begins with BOS where the tokenizer adds one. system: a system message for messages without
-    one. Every day is FIXED_DAY. Raises UserError.
+    folder: of the tokenizer. data.add_bos: LongLoRA's begins with BOS where the tokenizer adds one. data.system: what
+    messages without a system message have for one. data.fold_system: where the template has no place for that, it goes
+    before the first question. Every day is FIXED_DAY. Raises UserError.
     """
-    before = _SYSTEM.replace("SYSTEM", _literal(system)) if system else ""
-    if prompt == "chat":
-        plain = load_chat_template(folder, FIXED_DAY)
-        return ChatTemplate(before + plain.source, special_tokens(folder), FIXED_DAY) if before else plain
+    chats = data.prompt == "chat"
+    template = load_chat_template(folder, FIXED_DAY) if chats else _longlora_prompt(folder, tokenizer, data.add_bos)
+
+    def with_before(source: str) -> ChatTemplate:
+        return ChatTemplate(source + template.source, special_tokens(folder), FIXED_DAY)
+
+    if data.fold_system and _fault_of_system(template, "Be brief."):
+        template = with_before(_FOLD)
+    if data.system:
+        if fault := _fault_of_system(template, data.system):
+            raise UserError(f"data.system: {fault}; data.fold_system=True puts it before the first question")
+        template = with_before(_SYSTEM.replace("SYSTEM", _literal(data.system)))
+    return template
+
+
+def folds_system(template: ChatTemplate) -> bool:
+    """Whether a template of load_prompt puts system messages before the first question."""
+    return _FOLD in template.source
+
+
+def _fault_of_system(template: ChatTemplate, system: str) -> str:
+    """Why a template does not take a system message, "" if it does."""
+    try:
+        template.render([{"role": "system", "content": system}, {"role": "user", "content": _PROBES[0]}])
+    except TemplateFault as fault:
+        return str(fault)
+    return ""
+
+
+def _longlora_prompt(folder: str, tokenizer: Tokenizer | None, add_bos: bool) -> ChatTemplate:
     tokenizer = tokenizer or load_tokenizer(folder)
     special = special_tokens(folder)
     if tokenizer.eos_id is None:
@@ -182,7 +222,7 @@ def load_prompt(
     source = _ALPACA
     for name, value in names.items():
         source = source.replace(name, value)
-    return ChatTemplate(before + source, special, FIXED_DAY)
+    return ChatTemplate(source, special, FIXED_DAY)
 
 
 def _literal(text: str) -> str:

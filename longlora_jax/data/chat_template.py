@@ -73,12 +73,24 @@ class ChatTemplate:
         except (Exception, _OutOfTime) as error:  # syntax, but also recursion, or a fold of constants that fails
             raise UserError(f"the chat template is not one that Jinja reads: {one_line(str(error), 200)}") from error
 
-    def render(self, messages: list[Message], *, add_generation_prompt: bool = False, **variables: Any) -> str:
+    def render(self, messages: list[Message], /, *, add_generation_prompt: bool = False, **variables: Any) -> str:
         """The text of messages {role, content, ...}; with add_generation_prompt up to where the next answer begins.
 
-        variables: what else the template reads, such as tools. Raises TemplateFault if it refuses, fails, or passes the
-        limits.
+        variables: what else the template reads, such as tools. Raises TemplateFault if it refuses, fails, passes the
+        limits, or leaves a system message out.
         """
+        text = self._write(messages, add_generation_prompt, variables)
+        first = messages[0] if messages else {}
+        if first.get("role") == "system" and (system := first["content"].strip()) and system not in text:
+            try:
+                lost = self._write(messages[1:], add_generation_prompt, variables) == text
+            except TemplateFault:
+                lost = False
+            if lost:
+                raise TemplateFault("the template leaves the system message out")
+        return text
+
+    def _write(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         limit = RENDER_EXTRA + RENDER_FACTOR * (sum(map(_size, messages)) + _size(variables))
         given: dict[str, Any] = {**self._special, "messages": [dict(m) for m in messages], "tools": None}
         given |= {"documents": None, "add_generation_prompt": add_generation_prompt, **variables}

@@ -5,6 +5,7 @@ an answer would melt into the last token of its prompt ("]" and "(" into "]("), 
 tokenized apart, as in generation: a model that was given "]" can only go on with "(".
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from longlora_jax.data.chat import last_token
+from longlora_jax.data.chat import folds_system, last_token
 from longlora_jax.data.chat_template import ChatTemplate, Message, TemplateFault
 from longlora_jax.data.rows import NEEDED_PLACES, Conversation
 from longlora_jax.data.tokenizer import Tokenizer
@@ -47,20 +48,13 @@ class Dialogue:
 class Renderer:
     """Conversations under a template; tokens: those that may end an answer.
 
-    last_turn_only: of answers, the last alone is learnt. fold_system: a system message that the template refuses goes
-    before the first question. notes: what was done with rows that no template takes as they are, counted.
+    last_turn_only: of answers, the last alone is learnt. notes: what was done with rows that no template takes as they
+    are, counted.
     """
 
-    def __init__(
-        self,
-        template: ChatTemplate,
-        tokens: dict[str, int],
-        *,
-        last_turn_only: bool = False,
-        fold_system: bool = False,
-    ):
-        self._template, self._tokens = template, tokens
-        self._last_turn_only, self._fold_system = last_turn_only, fold_system
+    def __init__(self, template: ChatTemplate, tokens: dict[str, int], *, last_turn_only: bool = False):
+        self._template, self._tokens, self._last_turn_only = template, tokens, last_turn_only
+        self._folds_system, self._wants_json = folds_system(template), _wants_json(template)
         self.notes: Counter[str] = Counter()
 
     def __call__(self, said: Conversation) -> list[Dialogue]:
@@ -71,6 +65,8 @@ class Renderer:
         follow the prompt that asks for it.
         """
         messages, scored = list(said.messages), list(said.scored)
+        if self._wants_json:
+            messages = [_with_json(message) for message in messages]
         while messages and not _is_answer(messages[-1]):
             messages.pop()
         learnt = [k for k, message in enumerate(messages) if _is_answer(message) and scored[k]]
@@ -87,11 +83,15 @@ class Renderer:
             upto = text if k == len(messages) - 1 else self._render(messages[: k + 1], said.variables)
             first = self._seam(messages, k, said.variables, upto)
             end, is_closed = self._end(upto, first, messages[k], k)
+            if k < len(messages) - 1:
+                end = self._end_within(text, upto, first, end, messages[k])
             if text.startswith(upto[:end]):
                 turns.append((first, end))
                 closed = is_closed if k == len(messages) - 1 else closed
             else:
                 apart.append(Dialogue(upto, ((first, end),), is_closed))
+        if self._folds_system and messages[0]["role"] == "system":
+            self.notes["rows have their system message folded into the first question"] += 1
         self.notes[
             "answers are rows of their own, since the template shows less of them once they are not the last"
         ] += len(apart)
@@ -104,38 +104,35 @@ class Renderer:
         """Messages as the template takes them, and which of the given ones each is."""
         fault, asked = self._refusal(messages, variables), int(messages[0]["role"] == "system")
         numbers = list(range(len(messages)))
-        if fault is None:
-            return messages, numbers
         # ShareGPT's conversations often begin with an answer that nobody asked for.
         begin = next((k for k in numbers if messages[k]["role"] == "user"), asked)
+        if fault is None and asked and begin > asked and self._folds_system:
+            fault = "the template has no place for a system message before an answer"
+        if fault is None:
+            return messages, numbers
         rest = numbers[:asked] + numbers[begin:]
-        for kept, folded in ((rest, False), (numbers, True), (rest, True)):
-            if folded > asked:
-                continue
-            made = [messages[k] for k in kept]
-            made = _folded(made) if folded else made
-            if not made or self._refusal(made, variables) is not None:
-                continue
-            if folded and not self._fold_system:
-                raise TemplateFault(f"{fault}; data.fold_system=True puts a system message before the first question")
-            if len(kept) < len(numbers):
-                self.notes["rows are without their opening answer, which the template refuses"] += 1
-            if folded:
-                self.notes["rows have their system message folded into the first question"] += 1
-            return made, kept[folded:]
+        accepted = [messages[k] for k in rest]
+        if self._refusal(accepted, variables) is None:
+            self.notes["rows are without their opening answer, which the template refuses"] += 1
+            return accepted, rest
+        if asked and not self._folds_system and self._refusal(accepted[1:], variables) is None:
+            fault += "; data.fold_system=True puts a system message before the first question"
         raise TemplateFault(fault)
 
     def _refusal(self, messages: list[Message], variables: dict[str, Any]) -> str | None:
         try:
-            text = self._render(messages, variables)
+            self._render(messages, variables)
         except TemplateFault as fault:
             return str(fault)
-        if messages[0]["role"] == "system" and _squashed(messages[0]["content"]) not in _squashed(text):
-            return "the template leaves the system message out"
         return None
 
     def _check_places(self, messages: list[Message], variables: dict[str, Any], text: str) -> None:
-        """Raises TemplateFault if a field of the row changes nothing in what the template writes."""
+        """Raises TemplateFault if a message, or a field of the row, changes nothing in what the template writes."""
+        for k, message in enumerate(messages):
+            if k and message["role"] in ("system", "tool") and message["content"].strip():
+                if self._is_lost([*messages[:k], *messages[k + 1 :]], variables, text):
+                    who = f"message {k + 1} is by {message['role']}"
+                    raise TemplateFault(f"{who}, for which the template has no place: take a template that has")
         for name in variables.keys() & {"tools", "documents"}:
             if self._is_lost(messages, {n: v for n, v in variables.items() if n != name}, text):
                 raise _no_place(name, "the row")
@@ -180,6 +177,15 @@ class Renderer:
             return len(upto), False  # the answer's own last word
         return end, bool(token)
 
+    def _end_within(self, text: str, upto: str, first: int, end: int, message: Message) -> int:
+        """Where an answer ends that is not the last: before a token that closes whole conversations (Phi-3's), which
+        the text goes on without; `end` where that is no such token."""
+        before = upto[first:end]
+        before = before[: len(before) - len(last_token(before, self._tokens))].rstrip()
+        token = last_token(before, self._tokens)
+        holds = bool(token) and _squashed(message["content"]) in _squashed(before[: len(before) - len(token)])
+        return first + len(before) if holds and not text.startswith(upto[:end]) else end
+
 
 def _other_prompt(k: int) -> TemplateFault:
     return TemplateFault(f"message {k + 1} does not follow its prompt in what the template writes")
@@ -192,14 +198,34 @@ def _no_place(name: str, where: str) -> TemplateFault:
     )
 
 
-def _folded(messages: list[Message]) -> list[Message] | None:
-    """Messages without their system message, whose text goes before the first question; None if nobody asks."""
-    system, *rest = messages
-    at = next((k for k, message in enumerate(rest) if message["role"] == "user"), None)
-    if at is None:
-        return None
-    rest[at] = rest[at] | {"content": f"{system['content']}\n\n{rest[at]['content']}"}
-    return rest
+def _wants_json(template: ChatTemplate) -> bool:
+    """Whether a template writes the arguments of calls as they are (DeepSeek's), and so wants a text in JSON."""
+
+    def shown(arguments: Any) -> str:
+        call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        asked = {"role": "user", "content": "Is it so?"}
+        try:
+            return template.render([asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        except TemplateFault:
+            return ""
+
+    as_object, as_text = shown({"k": "v"}), shown('{"k": "v"}')
+    return '{"k": "v"}' in as_text and '{"k": "v"}' not in as_object
+
+
+def _with_json(message: Message) -> Message:
+    """A message whose calls have their arguments as a text in JSON."""
+
+    def spelled(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if "function" in call:
+            return call | {"function": spelled(call["function"])}
+        arguments = call.get("arguments")
+        return call | {"arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call
+
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": [spelled(call) for call in calls]} if isinstance(calls, list) else message
 
 
 def _squashed(text: str) -> str:

@@ -172,7 +172,7 @@ def open_documents(data: DataConfig, tokenizer: Tokenizer, *, window: int = 0, h
     )
     reading = Reading(data.on_bad_row)
     if data.task == "sft":
-        template = load_prompt(data.prompt, data.tokenizer, tokenizer, add_bos=data.add_bos, system=data.system)
+        template = load_prompt(data, data.tokenizer, tokenizer)
         examples = read_examples(corpus.rows(reading), reading, tokenizer, template, data, window=window)
         examples = _first_examples(examples, data.max_tokens)
         documents = InMemory(_with_progress(examples, corpus, reading), None)

@@ -33,6 +33,14 @@ class Row:
     value: dict[str, Any]
 
 
+def without_padding(value: Any) -> Any:
+    """A value of an Arrow table without the fields of structs that are null: Arrow gives every struct of a column all
+    the fields that any of them has, so that a call of one tool would have the arguments of all tools."""
+    if isinstance(value, dict):
+        return {name: without_padding(item) for name, item in value.items() if item is not None}
+    return [without_padding(item) for item in value] if isinstance(value, list) else value
+
+
 class Reading:
     """One pass over a corpus: how far it is, and what it does about rows that cannot be used.
 
@@ -150,7 +158,7 @@ def _is_one_object(begins: bytes) -> bool:
     """Whether a .json file is one object, and not an object a line: by how it begins."""
     line = begins.split(b"\n", 1)[0].strip()
     # A line that is a whole object is a row of JSON Lines, unless it is one around rows.
-    around = re.match(rb'\{\s*("\w+"\s*:\s*("[^"\\]*"|[\w.+-]+)\s*,\s*)*"data"\s*:\s*\[\s*[\[{\]]', begins)
+    around = re.match(rb'\{\s*("\w+"\s*:\s*("[^"\\]*"|[\w.+-]+|\{[^{}]*\})\s*,\s*)*"data"\s*:\s*\[\s*[\[{\]]', begins)
     return begins[:1] == b"{" and (around is not None or line in (b"{", b"{}"))
 
 
@@ -201,6 +209,8 @@ def _array_rows(stream: io.BufferedReader, name: str, reading: Reading, wrapped:
             raise ValueError("text after the end of the " + ("object" if wrapped else "array"))
     except UnicodeDecodeError as error:
         reading.bad(f"{name}, after line {window.line}", f"{_not_utf8(error)}, the rest of the file cannot be read")
+    except UserError:  # a ValueError as well
+        raise
     except ValueError as error:
         fault = f"not JSON ({one_line(str(error), 200)}), the rest of the file cannot be read"
         reading.bad(f"{name}, line {window.line}", fault)
@@ -305,7 +315,8 @@ def _parquet_rows(path: str, reading: Reading, columns: list[str] | None) -> Ite
                         reading.bad(where, f"a row of more than {ROW_LIMIT:,} bytes")
                         continue
                     try:
-                        yield Row(where, {name: batch[name][index].as_py() for name in batch.schema.names})
+                        row = {name: without_padding(batch[name][index].as_py()) for name in batch.schema.names}
+                        yield Row(where, row)
                     except UnicodeDecodeError as error:
                         reading.bad(where, _not_utf8(error))
     except UserError:

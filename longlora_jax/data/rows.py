@@ -37,6 +37,8 @@ SCORED = ("weight", "train", "training", "loss")  # OpenAI's, axolotl's, ms-swif
 # Of a message, beside its role and text: what templates have places for.
 PLACES = ("tool_calls", "reasoning_content", "reasoning", "thinking", "tool_call_id", "name")
 NEEDED_PLACES = ("tool_calls", "reasoning_content", "reasoning", "thinking")  # without which an answer is another one
+# What chat_template_kwargs may not set: the renderer does.
+NOT_VARIABLES = ("messages", "tools", "add_generation_prompt")
 
 
 class Malformed(ValueError):
@@ -164,6 +166,8 @@ def _add(found: Conversation, turns: Any, name: str, columns: Mapping[str, str])
             call = more.pop("function_call", content)
             more["tool_calls"] = [{"type": "function", "function": _call(call, where)}]
             content = "" if said == "function_call" else content
+        if isinstance(more.get("tool_calls"), list):
+            more["tool_calls"] = [_with_object(call) for call in more["tool_calls"]]
         found.messages.append({"role": role, "content": content, **more})
         found.scored.append(all(_is_scored(turn, key, where) for key in SCORED))
 
@@ -187,6 +191,19 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise Malformed(f"{where} is a function_call that is no JSON of a name and its arguments")
     return call
+
+
+def _with_object(call: Any) -> Any:
+    """A call whose arguments are an object, which templates spell: OpenAI has them as a text in JSON."""
+    if not isinstance(call, dict):
+        return call
+    if "function" in call:
+        return call | {"function": _with_object(call["function"])}
+    try:
+        arguments = load_json(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+    except ValueError:
+        arguments = None
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _is_scored(turn: dict[str, Any], key: str, where: str) -> bool:
@@ -224,7 +241,7 @@ def _put_variables(found: Conversation, row: dict[str, Any]) -> None:
     more = row.get("chat_template_kwargs") or {}
     if not isinstance(more, dict):
         raise Malformed("the field 'chat_template_kwargs' is no object")
-    found.variables |= {name: value for name, value in more.items() if name not in ("messages", "tools")}
+    found.variables |= {name: value for name, value in more.items() if name not in NOT_VARIABLES}
 
 
 def _text(row: dict[str, Any], name: str) -> str:

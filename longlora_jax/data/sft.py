@@ -34,15 +34,14 @@ def read_examples(
 ) -> Iterator[Example]:
     """Yields the examples of each row, in order; the log says what became of the rows, and which fields nobody reads.
 
-    data: what is done with rows: columns, last_turn_only, fold_system, too_long. window: tokens of the longest example
+    data: what is done with rows: columns, last_turn_only, too_long. window: tokens of the longest example
     that there is room for; 0: any. Rows without an answer are left out; those that are no conversation, or that the
     template refuses, are bad rows (see Reading). Every example has a target.
     Raises UserError if no row makes an example.
     """
     data = data or DataConfig()
     columns, counts, lost = parse_columns(data.columns), Counter(), Counter()
-    switches = {"last_turn_only": data.last_turn_only, "fold_system": data.fold_system}
-    render = Renderer(template, tokenizer.added_tokens(), **switches)
+    render = Renderer(template, tokenizer.added_tokens(), last_turn_only=data.last_turn_only)
     unknown: Counter[str] = Counter()
     rows = iter(rows)
     while chunk := list(islice(rows, ROWS_AT_ONCE)):

@@ -12,7 +12,7 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from longlora_jax.data.formats import Reading, Row, read_file_rows, read_text_file, text_of
+from longlora_jax.data.formats import Reading, Row, read_file_rows, read_text_file, text_of, without_padding
 from longlora_jax.data.packed import unpacked_name
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line
@@ -327,7 +327,7 @@ def _dataset_rows(rows: Any, name: str, reading: Reading) -> Iterator[Row]:
     try:
         for row in rows:
             reading.position += 1
-            yield Row(f"{name}/{reading.position - 1}", row)
+            yield Row(f"{name}/{reading.position - 1}", {key: without_padding(value) for key, value in row.items()})
     except Exception as error:  # streamed rows bring faults of the network, of parsers and of decoders
         raise UserError(
             f"the dataset {name} cannot be read after row {reading.position}: {_first_line(error)}."

@@ -40,7 +40,7 @@ def test_an_export_of_alpaca_asks_as_the_run_trained_byte_for_byte(kind, add_bos
         {"instruction": "Name {it}.\n\n", "output": "Emma's"},
         {"instruction": "And?", "output": "b", "system": "Be brief.", "history": [["q", "a "], ["r", "s"]]},
     ]
-    made = examples(folder, rows, "alpaca", add_bos=add_bos)
+    made = examples(folder, rows, prompt="alpaca", add_bos=add_bos)
     export_format(folder, sft(folder, prompt="alpaca", add_bos=add_bos))
     theirs = auto.from_pretrained(folder)
     first = [{"role": "user", "content": "Name {it}.\n\n"}]
@@ -140,6 +140,31 @@ def test_templates_of_real_models_end_as_they_say(tmp_path):
         assert sft(folder).end_token == end
 
 
+NO_SYSTEM = "{% set messages = messages | rejectattr('role', 'equalto', 'system') %}" + CHATML
+
+
+def test_a_run_folds_system_messages_for_whoever_asks_later(tmp_path):
+    """Catches: a system message of data.system, of a row or of --system that is dropped without a word."""
+    auto = pytest.importorskip("transformers").AutoTokenizer
+    folder = model_folder(tmp_path / "m", "smollm2", ENDLESS, NO_SYSTEM)
+    with pytest.raises(UserError, match="data.system: the template leaves the system message out; data.fold_system="):
+        sft(folder, system="Be brief.")
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q"}]
+    with pytest.raises(UserError, match="template refuses: the template leaves the system message out"):
+        folder_format(folder).render(asked)
+    folds = sft(folder, fold_system=True)
+    assert folds.render(asked) == "<|im_start|>user\nBe brief.\n\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert sft(folder, fold_system=True, system="Be brief.").render(asked[1:]) == folds.render(asked)
+    [with_it], [rows] = (
+        examples(folder, [chat("q", "a", "q", "b", system=system)], fold_system=True, system=of_run)
+        for system, of_run in (("", "Be brief."), ("Be brief.", ""))
+    )
+    assert with_it[0].tolist() == rows[0].tolist()
+    export_format(folder, folds)
+    ids = auto.from_pretrained(folder).apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert rows[0][: len(ids)].tolist() == ids
+
+
 @pytest.mark.parametrize("prompt", ["chat", "alpaca"])
 def test_the_system_message_of_a_run_is_part_of_its_template(prompt, tmp_path):
     """Catches: a system message under which a run was trained, and that nobody says to its export."""
@@ -148,7 +173,7 @@ def test_the_system_message_of_a_run_is_part_of_its_template(prompt, tmp_path):
     said = 'Don\'t \\ "rhyme".\n'
     asked = [{"role": "user", "content": "q"}]
     [with_it], [own], [without] = (
-        examples(folder, [chat("q", "a", system=system)], prompt, system=of_run)
+        examples(folder, [chat("q", "a", system=system)], prompt=prompt, system=of_run)
         for system, of_run in (("", said), ("Sing.", said), (said, ""))
     )
     assert with_it[0].tolist() == without[0].tolist() != own[0].tolist()

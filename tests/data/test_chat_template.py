@@ -7,6 +7,7 @@ import time
 import pytest
 from chats import LLAMA2, TEMPLATES
 
+from longlora_jax.config import DataConfig
 from longlora_jax.data.chat import load_prompt
 from longlora_jax.data.chat_template import ChatTemplate, TemplateFault, load_chat_template
 from longlora_jax.errors import UserError
@@ -118,7 +119,7 @@ def test_padding_by_any_width_is_refused(padding):
 def test_training_does_not_see_the_clock(tmp_path):
     """Catches: a run that is refused its own data on the day after, because a template says what day it is."""
     (tmp_path / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}")
-    assert load_prompt("chat", str(tmp_path)).render([]) == "26 Jul 2024"
+    assert load_prompt(DataConfig(), str(tmp_path)).render([]) == "26 Jul 2024"
     assert load_chat_template(str(tmp_path)).render([]) in {time.strftime("%d %b %Y"), time.strftime("%d %b %Y")}
 
 
@@ -149,7 +150,7 @@ def test_where_a_template_is_found(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match="has no chat template: set data.prompt=alpaca"):
-        load_prompt("chat", str(tmp_path))
+        load_prompt(DataConfig(), str(tmp_path))
 
 
 def test_a_template_that_refuses_is_a_bad_row(tmp_path):

@@ -53,6 +53,16 @@ def test_answers_whose_thoughts_a_template_hides_later_get_rows_of_their_own(tmp
     assert last == found[1]
 
 
+def test_a_token_that_closes_the_whole_conversation_belongs_to_the_last_answer_alone(tmp_path, caplog):
+    """Catches: a row for each answer, every one with all that is before it, under Phi's templates."""
+    asks = "{% if add_generation_prompt %}<|im_start|>assistant\n{% "
+    folder = template_folder(tmp_path, CHATML.replace(asks + "endif %}", asks + "else %}<|endoftext|>{% endif %}"))
+    with caplog.at_level(logging.INFO):
+        found = [texts(folder, example) for example in examples(folder, [chat("q1", "a1", "q2", "a2", "q3", "a3")])]
+    assert [scored for _, scored in found] == ["a1<|im_end|>a2<|im_end|>a3<|im_end|>\n<|endoftext|>"]
+    assert not any("rows of their own" in note for note in notes(caplog))
+
+
 def test_the_last_turn_alone_is_learnt_by_a_switch(tmp_path):
     """Catches: a switch that cuts the conversation, or that takes the last scored answer for the last one."""
     folder = template_folder(tmp_path, CHATML)
@@ -95,9 +105,9 @@ def test_a_system_message_that_the_template_does_not_take_is_folded_by_a_switch(
     [wanted] = examples(folder, [chat("Rhyme.\n\nq1", "a1", "q2", "a2")])
     assert all(np.array_equal(ours, theirs) for ours, theirs in zip(example, wanted, strict=True))
     assert "1 rows have their system message folded into the first question" in notes(caplog)
-    row["messages"].insert(1, {"role": "assistant", "content": "Hello."})  # and an opening that STRICT refuses as well
+    row["messages"].insert(1, {"role": "assistant", "content": "Hello."})  # nothing can go before it
     (opened,) = (texts(folder, example) for example in examples(folder, [row], fold_system=True))
-    assert opened[0].endswith(texts(folder, wanted)[0]) or template != STRICT
+    assert opened == texts(folder, wanted)
 
 
 def test_a_system_message_that_the_template_takes_is_not_folded(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from longlora_jax.data import formats
 from longlora_jax.data.formats import Reading, read_file_rows, read_text_file, text_of
+from longlora_jax.data.source import Corpus
 from longlora_jax.errors import UserError
 from longlora_jax.files import DEEPEST, TOO_DEEP, load_json
 
@@ -37,6 +38,20 @@ def fault(path, **kwargs) -> str:
         list(read_file_rows(path, Reading(), **kwargs))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_what_arrow_pads_structs_with_is_not_read(tmp_path):
+    """Catches: a call of one tool with the arguments of all tools, null, where the same rows in JSON have its own."""
+    rows = [
+        {"calls": [{"name": "a", "x": {"city": "Ulm"}}], "n": None},
+        {"calls": [{"name": "b", "x": {"m": 1}}], "n": 2},
+    ]
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert [row.value for row in read_file_rows(tmp_path / "a.parquet", Reading())] == rows
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_parquet(str(tmp_path / "a.parquet"), cache_dir=str(tmp_path)).save_to_disk(tmp_path / "hf")
+    assert [row.value for row in Corpus("hf", str(tmp_path / "hf")).rows(Reading())] == rows
 
 
 def write_parquet(path: Path, columns: dict) -> Path:

@@ -25,6 +25,12 @@ PLACES = (
 )
 
 
+def in_text(call: dict) -> dict:
+    """A call as OpenAI spells it."""
+    function = call["function"]
+    return call | {"function": function | {"arguments": json.dumps(function["arguments"])}}
+
+
 def scored_text(folder: str, example) -> str:
     ids, scored = example
     return load_tokenizer(folder).decode(ids[scored == 1])
@@ -92,6 +98,7 @@ def test_templates_get_tools_calls_results_and_reasoning_as_transformers_gives_t
     rows = [
         {"messages": said, "tools": TOOLS},
         {"messages": [said[0], {**said[1], "content": None}, *said[2:]], "tools": json.dumps(TOOLS)},
+        {"messages": [said[0], said[1] | {"tool_calls": [in_text(CALL)]}, *said[2:]], "tools": TOOLS},
         {
             "messages": [
                 said[0],
@@ -139,6 +146,32 @@ def test_a_field_without_a_place_in_the_template_is_refused_by_its_name(field, r
     left_out["messages"] = [{k: v for k, v in m.items() if k != field} for m in row["messages"]]
     [with_it], [without] = examples(folder, [row], columns=f"{field}="), examples(folder, [left_out])
     np.testing.assert_array_equal(with_it[0], without[0])
+
+
+def test_a_template_that_writes_the_arguments_of_calls_as_they_are_gets_them_in_json(tmp_path):
+    """Catches: a dict of Python's in what DeepSeek's template writes, and a row refused that OpenAI's own form fits."""
+    folder = template_folder(tmp_path, PLACES.replace("c.function | tojson", "c.function.name ~ c.function.arguments"))
+    turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    for row in ({"messages": turns}, {"messages": [turns[0], turns[1] | {"tool_calls": [in_text(CALL)]}]}):
+        [example] = examples(folder, [row])
+        assert scored_text(folder, example) == '<call>weather{"city": "Ulm"}</call><|im_end|>'
+
+
+@pytest.mark.parametrize("role", ["tool", "system"])
+def test_a_message_without_a_place_in_the_template_is_refused(role, tmp_path):
+    """Catches: the result of a call dropped in silence, and a model that learns to invent it."""
+    known = CHATML.replace("<|im_start|>{{", "{% if loop.first or m.role in ('user', 'assistant') %}<|im_start|>{{", 1)
+    folder = template_folder(tmp_path, known.replace("{% endfor %}", "{% endif %}{% endfor %}", 1))
+    row = {"messages": [*TURNS[:2], {"role": role, "content": "rain"}, TURNS[2], TURNS[3]]}
+    with pytest.raises(UserError, match=f"line 1: message 3 is by {role}, for which the template has no place"):
+        examples(folder, [row])
+
+
+def test_variables_of_a_row_cannot_take_the_renderers_place(tmp_path):
+    """Catches: a traceback from a row that an API server has logged."""
+    row = chat("q", "a") | {"chat_template_kwargs": {"add_generation_prompt": True, "self": 1, "messages": []}}
+    folder = template_folder(tmp_path, CHATML)
+    np.testing.assert_array_equal(examples(folder, [row])[0][0], examples(folder, [chat("q", "a")])[0][0])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from chats import SPECIAL, TEMPLATES, build, chat, examples, template_folder
 
+from longlora_jax.config import DataConfig
 from longlora_jax.data import load_tokenizer
 from longlora_jax.data.chat import load_prompt
 from longlora_jax.data.dialogue import Renderer
@@ -99,7 +100,7 @@ def test_an_answer_that_would_melt_into_its_prompt_is_cut(tmp_path):
     whole, asked = (backend.encode(t, add_special_tokens=False).ids for t in ("a [/INST](c)", "a [/INST]"))
     assert whole[: len(asked)] != asked  # else this shows nothing
     rows = [{"instruction": "a", "output": "(c)"}, {"instruction": "a", "output": "c"}]
-    cut, plain = examples(str(tmp_path), rows, "alpaca")
+    cut, plain = examples(str(tmp_path), rows, prompt="alpaca")
     tokenizer = load_tokenizer(str(tmp_path))
     first = int(np.flatnonzero(cut[1])[0])
     assert cut[0][:first].tolist() == plain[0][:first].tolist()
@@ -123,12 +124,14 @@ def test_alpaca_is_longloras_prompt(model):
     )
     backend = tokenizers.Tokenizer.from_file(f"{model}/tokenizer.json")
     eos = SPECIAL[Path(model).name][1]
-    for example, question in zip(examples(model, rows, "alpaca"), ["Name {it}.", "Name it. \nA {b}"], strict=True):
+    for example, question in zip(
+        examples(model, rows, prompt="alpaca"), ["Name {it}.", "Name it. \nA {b}"], strict=True
+    ):
         # encode() of the whole adds BOS where the tokenizer does; every other id is that of the original's text.
         asked = backend.encode(f"{system}{question} [/INST]").ids
         assert example[0].tolist() == backend.encode(f"{system}{question} [/INST]Emma{eos}").ids
         assert example[1].tolist() == [0] * len(asked) + [1] * (len(example[0]) - len(asked))
-    without = examples(model, rows, "alpaca", add_bos=False)[0][0]
+    without = examples(model, rows, prompt="alpaca", add_bos=False)[0][0]
     assert without.tolist() == backend.encode(f"{system}Name {{it}}. [/INST]Emma{eos}", add_special_tokens=False).ids
 
 
@@ -196,7 +199,7 @@ def test_bad_rows_stop_a_run_by_name(model):
     with pytest.raises(UserError, match="none of 2 rows makes an example: 2 without an answer to learn"):
         examples(model, [chat("q"), chat("q", "")])
     with pytest.raises(UserError, match="line 1: questions and answers must take turns"):
-        examples(model, [{"messages": chat("q")["messages"] + chat("q", "a")["messages"]}], "alpaca")
+        examples(model, [{"messages": chat("q")["messages"] + chat("q", "a")["messages"]}], prompt="alpaca")
 
 
 def test_a_template_that_closes_nothing_gets_eos(tmp_path):
@@ -243,7 +246,7 @@ def test_a_template_whose_answers_follow_another_prompt_is_refused(template, tmp
 def test_many_blanks_before_an_answer_take_no_time(model):
     """Catches: a look for the end of an answer that begins again at every blank: a million of them took an hour."""
     said = Conversation(chat("q", "\n" * 200_000 + "yes")["messages"], [True] * 2)
-    render = Renderer(load_prompt("chat", model), load_tokenizer(model).added_tokens())
+    render = Renderer(load_prompt(DataConfig(), model), load_tokenizer(model).added_tokens())
     started = time.thread_time()
     assert [len(dialogue.turns) for dialogue in render(said)] == [1]
     assert time.thread_time() - started < 2  # 0.01 s

@@ -126,13 +126,11 @@ def model_folder(folder: Path, kind: str, eos: str | None = None, template: str 
     return str(folder)
 
 
-def examples(
-    folder: str, rows: list[dict], prompt: str = "chat", on_bad_row: str = "stop", window: int = 0, **options
-) -> list:
+def examples(folder: str, rows: list[dict], on_bad_row: str = "stop", window: int = 0, **options) -> list:
     """The examples (ids, scored) of rows under a prompt."""
     located = [Row(f"file.jsonl, line {number}", row) for number, row in enumerate(rows, 1)]
     data, tokenizer = DataConfig(task="sft", **options), load_tokenizer(folder)
-    template = load_prompt(prompt, folder, add_bos=data.add_bos, system=data.system)
+    template = load_prompt(data, folder)
     return list(read_examples(located, Reading(on_bad_row), tokenizer, template, data, window=window))
 
 
