@@ -12,9 +12,11 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import app, flags
 from jax.errors import JaxRuntimeError
 from ml_collections import config_flags
@@ -177,18 +179,25 @@ class Evaluation:
         self._sharding = sharding.batch_sharding(model.mesh, self._batch_size)
         self._rows = sharding.local_rows(self._sharding, (self._batch_size, config.seq_len))
         self._step = jit_eval_step(model.clone(pattern=FULL), config.loss_chunk)
+        self._config = config
+        next(self._batches())  # what cannot be scored is said now, not after hours of training
 
     def __call__(self, state: TrainState, frozen) -> dict[str, float]:
         """Metrics of the state's weights: eval/loss in nats a token, eval/perplexity, eval/tokens scored."""
         params = trainable.combine(state.trainable, frozen)
         total = scored = 0.0
-        few = {"batch_size": self._batch_size, "rows": self._rows, "max_windows": self._max_windows}
-        for batch in in_order(self._windows, **few):
-            if not self._windows.segmented:
-                del batch["segment_ids"]
+        for batch in self._batches():
             sums = self._step(params, sharding.place_batch(batch, self._sharding, self._rows, self._batch_size))
             total, scored = total + float(sums[0]), scored + float(sums[1])
         return {"eval/loss": total / scored, "eval/perplexity": math.exp(total / scored), "eval/tokens": scored}
+
+    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
+        few = {"batch_size": self._batch_size, "rows": self._rows, "max_windows": self._max_windows}
+        for batch in in_order(self._windows, **few):
+            run.check_ids(batch["tokens"], self._config, "eval.data")
+            if not self._windows.segmented:
+                del batch["segment_ids"]
+            yield batch
 
 
 def print_census(config: Config, model: Llama, mesh, step_fn, data: Batches) -> None:

@@ -174,7 +174,6 @@ def open_documents(data: DataConfig, tokenizer: Tokenizer, *, window: int = 0, h
     if data.task == "sft":
         template = load_prompt(data, data.tokenizer, tokenizer)
         examples = read_examples(corpus.rows(reading), reading, tokenizer, template, data, window=window)
-        examples = _first_examples(examples, data.max_tokens)
         documents = InMemory(_with_progress(examples, corpus, reading), None)
     else:
         texts = corpus.documents(reading, data.text_key)
@@ -191,21 +190,6 @@ def _with_progress(documents: Iterable[Any], corpus: Corpus, reading: Reading) -
         for document in documents:
             yield document
             bar.update(reading.position - bar.n)
-
-
-def _first_examples(examples: Iterable[Any], max_tokens: int) -> Iterable[Any]:
-    """Whole examples, until there are max_tokens tokens; 0: all. Raises UserError if the first is longer."""
-    tokens = 0
-    for example in examples:
-        tokens += len(example[0])
-        if max_tokens and tokens > max_tokens:
-            if tokens == len(example[0]):
-                raise UserError(
-                    f"max_tokens={max_tokens} is less than the {tokens:,} tokens of the first example: "
-                    "give more, or 0 to read all"
-                )
-            return
-        yield example
 
 
 def _guess_dtype(file: Path, vocab_size: int) -> str:

@@ -34,41 +34,52 @@ def read_examples(
 ) -> Iterator[Example]:
     """Yields the examples of each row, in order; the log says what became of the rows, and which fields nobody reads.
 
-    data: what is done with rows: columns, last_turn_only, too_long. window: tokens of the longest example
-    that there is room for; 0: any. Rows without an answer are left out; those that are no conversation, or that the
-    template refuses, are bad rows (see Reading). Every example has a target.
-    Raises UserError if no row makes an example.
+    data: what is done with rows: columns, last_turn_only, too_long, and max_tokens: whole examples, until there are so
+    many tokens. window: tokens of the longest example that there is room for; 0: any. Rows without an answer are left
+    out; those that are no conversation, or that the template refuses, are bad rows (see Reading). Every example has a
+    target. Raises UserError if no row makes an example, or the first is longer than max_tokens.
     """
     data = data or DataConfig()
     columns, counts, lost = parse_columns(data.columns), Counter(), Counter()
     render = Renderer(template, tokenizer.added_tokens(), last_turn_only=data.last_turn_only)
     unknown: Counter[str] = Counter()
-    rows = iter(rows)
-    while chunk := list(islice(rows, ROWS_AT_ONCE)):
-        counts["rows"] += len(chunk)
-        dialogues: list[tuple[Row, Dialogue]] = []
-        for row in chunk:
-            try:
-                said = conversation_of(row.value, columns)
-                made = render(said)
-            except (TemplateFault, Malformed) as fault:
-                reading.bad(row.where, str(fault))
-                lost["malformed"] += 1
-                continue
-            unknown += said.unknown
-            unknown.update(sorted(_without_place(said, template)))
-            dialogues += [(row, dialogue) for dialogue in made]
-            lost["without an answer to learn"] += not made
-        encoded = encode_dialogues([dialogue for _, dialogue in dialogues], tokenizer)
-        for (row, _), example in zip(dialogues, encoded, strict=True):
-            if window and len(example[0]) > window:
-                example = _cut(example, row, window, data.too_long, counts, lost)
-            if example is None:
-                continue
-            counts["examples"] += 1
-            counts["tokens"] += len(example[0])
-            counts["scored"] += int(example[1].sum())
-            yield example
+
+    def encoded(rows: Iterator[Row]) -> Iterator[tuple[Row, Example]]:
+        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+            counts["rows"] += len(chunk)
+            dialogues: list[tuple[Row, Dialogue]] = []
+            for row in chunk:
+                try:
+                    said = conversation_of(row.value, columns)
+                    made = render(said)
+                except (TemplateFault, Malformed) as fault:
+                    reading.bad(row.where, str(fault))
+                    lost["malformed"] += 1
+                    continue
+                unknown.update(said.unknown)
+                unknown.update(sorted(_without_place(said, template)))
+                dialogues += [(row, dialogue) for dialogue in made]
+                lost["without an answer to learn"] += not made
+            made = encode_dialogues([dialogue for _, dialogue in dialogues], tokenizer)
+            yield from zip((row for row, _ in dialogues), made, strict=True)
+
+    for row, example in encoded(iter(rows)):
+        if window and len(example[0]) > window:
+            example = _cut(example, row, window, data.too_long, counts, lost)
+        if example is None:
+            continue
+        if data.max_tokens and counts["tokens"] + len(example[0]) > data.max_tokens:
+            if not counts["examples"]:
+                raise UserError(
+                    f"max_tokens={data.max_tokens} is less than the {len(example[0]):,} tokens of the first example: "
+                    "give more, or 0 to read all"
+                )
+            log.info("stopped reading the corpus before max_tokens=%d", data.max_tokens)
+            break
+        counts["examples"] += 1
+        counts["tokens"] += len(example[0])
+        counts["scored"] += int(example[1].sum())
+        yield example
     left_out = _listed(lost)
     if not counts["examples"]:
         raise UserError(f"none of {counts['rows']:,} rows makes an example: {left_out}; give rows that hold answers")

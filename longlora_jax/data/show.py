@@ -16,7 +16,8 @@ from longlora_jax import errors
 from longlora_jax.config import Config, DataConfig, data_parts, validate, with_held_out_eval
 from longlora_jax.config_file import read_config
 from longlora_jax.data.documents import Documents, open_documents
-from longlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from longlora_jax.data.new_tokens import load_with_tokens
+from longlora_jax.data.tokenizer import Tokenizer
 from longlora_jax.errors import UserError, number
 
 BEGIN, END = "⟦", "⟧"
@@ -87,7 +88,7 @@ def show(config: Config, part: str = "data", first: int = 0, count: int = 3, lim
     config = with_held_out_eval(config)
     validate(config)
     data, held_out = _part(config, part)
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = load_with_tokens(data.tokenizer, config.new_tokens)
     documents = open_documents(data, tokenizer, window=config.seq_len, held_out=held_out)
     if first >= (there := len(documents.lengths)):
         raise UserError(f"--first {first} is past the last of {there:,} examples: give less")

@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from longlora_jax import errors
+from longlora_jax.data.formats import Reading
 from longlora_jax.data.source import HELD_OUT, SOURCES, read_documents
 from longlora_jax.errors import UserError
 
@@ -99,6 +100,10 @@ def main() -> None:
         default="",
         help="folder, glob or dataset; by default the running interpreter's standard library",
     )
+    parser.add_argument("--text_key", default="text", help="where the text is in a row (default text)")
+    parser.add_argument(
+        "--on_bad_row", choices=("stop", "skip"), default="stop", help="a row without text (default stop)"
+    )
     parser.add_argument("--vocab_size", type=int, default=4096, help="pieces (default 4096)")
     parser.add_argument("--model_max_length", type=int, default=256, help="window of its model (default 256)")
     parser.add_argument(
@@ -113,7 +118,8 @@ def main() -> None:
     hold_out = args.hold_out
     if hold_out is None:
         hold_out = HELD_OUT if args.source == "python" else ()
-    documents = read_documents(args.source, args.path, hold_out=tuple(hold_out))
+    reading, held = Reading(args.on_bad_row), tuple(hold_out)
+    documents = read_documents(args.source, args.path, hold_out=held, text_key=args.text_key, reading=reading)
     tokenizer = train_tokenizer((document.text for document in documents), args.vocab_size)
     save_tokenizer(tokenizer, args.out, model_max_length=args.model_max_length)
     print(f"{args.out}: {tokenizer.get_vocab_size()} pieces")

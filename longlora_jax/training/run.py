@@ -84,17 +84,18 @@ def read_windows(data: DataConfig, config: Config) -> Windows:
         raise UserError(f"{name}: {error}") from error
 
 
-def check_ids(tokens: np.ndarray, config: Config) -> None:
+def check_ids(tokens: np.ndarray, config: Config, name: str = "data") -> None:
     """Raises UserError if a batch, ids [B, T] on the host, has a token that the model has no row for.
 
-    What counts are the ids in use: many a tokenizer has a few more pieces than its model has rows.
+    name: of the config's data, for the message. What counts are the ids in use: many a tokenizer has a few more pieces
+    than its model has rows.
     """
     assert config.model is not None  # resolve() filled it
     largest = int(tokens.max(initial=0))
     if largest >= config.model.vocab_size:
         raise UserError(
-            f"the data holds token {largest}, and the model's vocabulary of {config.model.vocab_size} ends before it: "
-            "set data.tokenizer to the model's own, or prepare the data again with it"
+            f"{name} holds token {largest}, and the model's vocabulary of {config.model.vocab_size} ends before it: "
+            f"set {name}.tokenizer to the model's own, or prepare the data again with it"
         )
 
 

@@ -117,6 +117,20 @@ def test_a_system_message_that_the_template_takes_is_not_folded(tmp_path):
     np.testing.assert_array_equal(examples(folder, [row], fold_system=True)[0][0], examples(folder, [row])[0][0])
 
 
+def test_rows_are_accounted_for_where_max_tokens_ends_them(tmp_path, caplog):
+    """Catches: rows left out, and fields that nothing reads, of which the log does not say a word."""
+    folder = template_folder(tmp_path, CHATML)
+    rows = [chat("q", "a") | {"mood": "gay"}, {"messages": chat("q")["messages"]}, *[chat("q", "a")] * 3]
+    [one, *_] = examples(folder, rows)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert len(examples(folder, rows, max_tokens=2 * len(one[0]) + 1)) == 2
+    tokens = 2 * len(one[0])
+    made, unread = (next(n for n in notes(caplog) if words in n) for words in ("rows make", "nothing reads"))
+    assert made.startswith(f"5 rows make 2 examples of {tokens} tokens") and "1 without an answer to learn" in made
+    assert "mood (1 rows)" in unread
+
+
 def test_examples_longer_than_the_window(tmp_path, caplog):
     """Catches: a row lost without a word, a cut of the wrong side, an example of which no answer is left."""
     folder = template_folder(tmp_path, CHATML)

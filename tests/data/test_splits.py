@@ -202,6 +202,8 @@ def test_examples_are_shown_as_they_are_trained_on(tmp_path, capsys):
         "example    2: 26 tokens, 5 of them scored: ⟦so⟧",
         *("<|im_start|>user", "q2<|im_end|>", "<|im_start|>assistant", "⟦Jane 2<|im_end|>⟧", ""),
     ]
+    show.main([*flags, "--config.new_tokens=('Jane',)"])
+    assert capsys.readouterr().out.splitlines()[0] == "example    0: 25 tokens, 4 of them scored: ⟦so⟧"
     show.main([*flags, "--limit", "20"])
     assert "characters ..." in capsys.readouterr().out
     for wrong, fault in (

@@ -28,5 +28,5 @@ def test_a_tokenizer_with_more_pieces_than_the_model_has_rows(tmp_path):
     resolved, _ = resolve(given, str(tmp_path / "work"))
     assert resolved.model.vocab_size == 4096
     run.check_ids(np.array([[0, 4095]]), resolved)
-    with pytest.raises(UserError, match="the data holds token 4096, and the model's vocabulary of 4096 ends before it"):
+    with pytest.raises(UserError, match="data holds token 4096, and the model's vocabulary of 4096 ends before it"):
         run.check_ids(np.array([[0, 4096]]), resolved)

@@ -202,16 +202,32 @@ def test_weight_decay_leaves_norms_and_biases(home):
     np.testing.assert_allclose(updates(decay_norms=True)["norm"]["scale"], -0.1, rtol=1e-6)
 
 
-def test_a_token_without_a_row_is_named(train, fake, home, tmp_path, capsys):
-    """Catches: an id past the vocabulary, which reads as NaN at every step and ends "done"."""
+def tokenizer_with_a_hole(home, tmp_path) -> Path:
+    """That of home with 257 tokens, of which the largest is 600."""
     folder = tmp_path / "tokenizer"
     shutil.copytree(home / "tokenizer", folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["p"] = 600  # a hole: 257 tokens, the largest id 600
+    tokenizer["model"]["vocab"]["p"] = 600
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_a_token_without_a_row_is_named(train, fake, home, tmp_path, capsys):
+    """Catches: an id past the vocabulary, which reads as NaN at every step and ends "done"."""
     config = plain(home, steps=2)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder)))
-    assert "the data holds token 600" in refused(train, config, tmp_path / "work", capsys)
+    folder = str(tokenizer_with_a_hole(home, tmp_path))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=folder))
+    assert "data holds token 600" in refused(train, config, tmp_path / "work", capsys)
+
+
+def test_a_token_without_a_row_is_named_before_training_where_it_is_evaluated(train, home, tmp_path, capsys):
+    """Catches: a loss of NaN at every evaluation, by which nothing is best, and a run that ends "done"."""
+    evaluated = DataConfig(
+        source="text", path=str(home / "text.txt"), tokenizer=str(tokenizer_with_a_hole(home, tmp_path))
+    )
+    config = dataclasses.replace(plain(home, steps=2), eval=EvalConfig(every=1, data=evaluated))
+    said = refused(train, config, tmp_path / "work", capsys)
+    assert "eval.data holds token 600" in said and "set eval.data.tokenizer to the model's own" in said
 
 
 def test_steps_that_are_all_bad_are_no_success(train, home, tmp_path, capsys):
