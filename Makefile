@@ -10,7 +10,7 @@ endif
 # Large pages make XLA's buffers on a CPU a third cheaper to touch; glibc alone reads this, elsewhere it does nothing.
 export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-all lint bench gpu
+.PHONY: quickstart test test-all test-programs lint bench gpu
 
 quickstart: .venv/run  ## extend a small LLaMA 8 times, export it, and show what that brought (minutes)
 	$(PY) -m longlora_jax.quickstart
@@ -20,6 +20,14 @@ test: .venv/test  ## the test suite, on all cores
 
 test-all: .venv/test  ## everything that this machine can run, the slow tests too
 	$(PY) -m pytest -n auto --dist worksteal -m "not gpu and not tpu"
+
+# torch, of which some Pythons have builds for CUDA alone, is not installed; these files need it.
+ORACLES = tests/attention/test_patterns.py tests/attention/test_rope.py tests/model/test_quantized.py
+test-programs: .venv/run  ## what JAX compiles, on the JAX of another Python: make test-programs PYTHON=python3.13
+	grep -vE '^(torch|accelerate|bitsandbytes|peft|pyright|ruff)=' requirements-test.txt > .venv/programs.txt
+	$(PY) -m pip install --quiet --requirement .venv/programs.txt
+	$(PY) -m pytest -n auto --dist worksteal -m "not slow and not gpu and not tpu" \
+	    tests/attention tests/model tests/parallel tests/training $(ORACLES:%=--ignore=%)
 
 lint: .venv/test  ## format, lint and types
 	.venv/bin/ruff format --check .

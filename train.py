@@ -8,6 +8,8 @@ first; 75: ended early (SIGTERM, a standstill), start the same command again. Wh
 
 import dataclasses
 import gc
+import hashlib
+import json
 import logging
 import math
 import sys
@@ -80,6 +82,7 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
     # Nothing is written before this line: whatever the user got wrong has been said by now.
     lock.acquire()
     checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints, keep_best=config.keep_best)
+    checkpoints.best.of = evaluate.identity if evaluate else ""
     if distributed.is_first():  # also of a run that resumes: its parts may lie elsewhere by now
         write_run_config(workdir, keep_tokenizer(config, workdir))
     distributed.check_shared(f"{workdir}/config.json")
@@ -170,7 +173,7 @@ def _stops_early(config: Config, best: Best) -> bool:
 
 
 class Evaluation:
-    """Loss and perplexity of fixed windows under full attention, averaged over tokens."""
+    """Loss and perplexity of fixed windows under full attention, averaged over tokens; identity: stands for these."""
 
     def __init__(self, config: Config, model: Llama):
         self._windows = windows = run.read_windows(config.eval.data, config)
@@ -180,6 +183,8 @@ class Evaluation:
         self._rows = sharding.local_rows(self._sharding, (self._batch_size, config.seq_len))
         self._step = jit_eval_step(model.clone(pattern=FULL), config.loss_chunk)
         self._config = config
+        what = json.dumps([windows.identity(), self._max_windows], sort_keys=True)
+        self.identity = hashlib.sha256(what.encode()).hexdigest()
         next(self._batches())  # what cannot be scored is said now, not after hours of training
 
     def __call__(self, state: TrainState, frozen) -> dict[str, float]:

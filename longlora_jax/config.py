@@ -218,6 +218,8 @@ def validate(config: Config) -> None:
     if unknown := set(config.lora.targets) - {*ATTENTION_TARGETS, *MLP_TARGETS}:
         known = ", ".join((*ATTENTION_TARGETS, *MLP_TARGETS))
         faults.append(f"lora.targets holds {one_line(', '.join(sorted(unknown)), 200)}: use names out of {known}")
+    if config.mode != "full" and not 0 < config.lora.alpha < math.inf:
+        faults.append(f"lora.alpha={config.lora.alpha} must be above 0: by alpha / rank the adapters are scaled")
     if not 0 <= config.lora.dropout < 1:
         faults.append(f"lora.dropout={config.lora.dropout} must be at least 0 and below 1")
     if not 0 <= config.neftune_alpha < math.inf:
@@ -244,6 +246,12 @@ def remat_fault(config: Config) -> str:
 
 def _rate_faults(optim: OptimConfig, mode: str) -> list[str]:
     faults = []
+    for name in ("learning_rate", "warmup_steps", "end_ratio", "eps", "weight_decay", "clip_norm"):
+        if not 0 <= (value := getattr(optim, name)) < math.inf:  # NaN fails as well
+            faults.append(f"optim.{name}={value} must be 0 or more, and finite")
+    for name in ("beta1", "beta2"):
+        if not 0 <= (value := getattr(optim, name)) < 1:
+            faults.append(f"optim.{name}={value} must be at least 0 and below 1")
     unused = {"embedding_learning_rate": ("lora", "lora_norm"), "norm_learning_rate": ("lora", "lora_embedding")}
     for name, idle in unused.items():
         rate = getattr(optim, name)

@@ -15,8 +15,17 @@ def type_faults(value: Any, before: str = "") -> Iterator[str]:
         if dataclasses.is_dataclass(inner) and type(inner) in (hint, *typing.get_args(hint)):
             yield from type_faults(inner, f"{name}.")
         elif not _fits(inner, hint):
-            kind = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-            yield f"{name}={inner!r} is of type {type(inner).__name__}, it must be {kind.rsplit('.')[-1]}"
+            yield f"{name}={inner!r} is of type {type(inner).__name__}, it must be {_named(hint)}"
+
+
+def _named(hint: Any) -> str:
+    """A type in the words of a config: str, a tuple of str, ModelConfig | None."""
+    if isinstance(hint, types.UnionType):
+        return " | ".join(map(_named, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        inner = _named(typing.get_args(hint)[0])
+        return f"a tuple of {inner}" + (", as in ('a',)" if inner == "str" else "")
+    return "None" if hint is type(None) else hint.__name__
 
 
 def _fits(value: Any, hint: Any) -> bool:

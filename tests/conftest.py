@@ -35,7 +35,7 @@ import hypothesis
 import jax
 import pytest
 import tokenizers
-from runs import FakeStep, shape, train_module, write_config
+from runs import FakeEvaluation, FakeStep, shape, train_module, write_config
 from tiny import random_params
 from tokenizers import models, pre_tokenizers
 
@@ -152,5 +152,5 @@ def fake(script, monkeypatch):
     """The loop of train.py around a step that costs nothing."""
     step = FakeStep()
     monkeypatch.setattr(script, "compile_train_step", step.compile)
-    monkeypatch.setattr(script, "Evaluation", lambda config, model: lambda state, frozen: {"eval/loss": 2.0})
+    monkeypatch.setattr(script, "Evaluation", lambda config, model: FakeEvaluation([2.0]))
     return step

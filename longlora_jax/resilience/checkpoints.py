@@ -27,11 +27,15 @@ _SAVE_SECONDS = 1200  # a save that takes longer has failed
 
 @dataclass
 class Best:
-    """The lowest eval/loss of a run, the step that had it, and how many evaluations have come since."""
+    """The lowest eval/loss of a run, the step that had it, and how many evaluations have come since.
+
+    of: what stands for the data of these evaluations; "": there are none, or a version before had none.
+    """
 
     step: int = 0
     loss: float = math.inf
     since: int = 0
+    of: str = ""
 
     def update(self, step: int, loss: float) -> bool:
         """Takes in an evaluation; returns whether it is the best so far."""
@@ -45,7 +49,8 @@ class RunCheckpoints:
 
     Each has the digests of its files, and is compared with them before it is read. Half of a save, left by a process
     that was killed, is removed here, unless read_only: then nothing in the folder is changed.
-    best: of the evaluations so far, saved and restored with the state. keep_best: its step is kept as well.
+    best: of the evaluations so far, saved and restored with the state if its data are the same. keep_best: its step
+    is kept as well.
     """
 
     def __init__(self, workdir: str, *, keep: int = 2, keep_best: bool = False, read_only: bool = False):
@@ -105,7 +110,11 @@ class RunCheckpoints:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=args)
             data_state = dict(restored["data"])
-            self.best = Best(**data_state.pop(BEST, {}))
+            best = Best(**data_state.pop(BEST, {}))
+            if not self.best.of or best.of in ("", self.best.of):
+                self.best = dataclasses.replace(best, of=self.best.of or best.of)
+            else:
+                log.info("the data of eval has changed: which step is best, and early_stop, begin anew")
             return state.replace(**restored["state"]), data_state
 
     def __enter__(self) -> "RunCheckpoints":

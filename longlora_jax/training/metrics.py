@@ -1,10 +1,13 @@
 """What a run reports: metrics.jsonl, TensorBoard events, Weights & Biases if asked, and the census at the start."""
 
+import contextlib
 import json
 import logging
 import math
 import secrets
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ class MetricsLog:
         _keep_until(path, start_step)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         # Events of steps that a crash undid stay in their file: TensorBoard drops them at purge_step.
-        self._events = _summary_writer()(workdir, purge_step=start_step + 1 if start_step else None)
+        self._events = _Events(workdir, purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one object: {"step": step, **values}; null, which JSON has, for a number that is not finite."""
@@ -67,8 +70,7 @@ class MetricsLog:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._events.write(step, values)
         if self._wandb:
             self._wandb.log(values, step=step)
 
@@ -81,17 +83,42 @@ class MetricsLog:
                 self._wandb.finish()
 
 
-def _summary_writer():
-    """tensorboardX's SummaryWriter without torch, which it imports wherever it is installed: seconds of every start."""
+class _Events:
+    """TensorBoard's file of a run, written as steps are logged: the thread of tensorboardX's SummaryWriter ends at the
+    first fault of a disk, and the run would wait for it without a word."""
+
+    def __init__(self, workdir: str, purge_step: int | None):
+        with _without_torch():
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
+        proto: Any = event_pb2  # its names are made at run time
+        self._event, self._scalar = proto.Event, summary.scalar
+        self._file = event_file_writer.EventsWriter(str(Path(workdir) / "events"))
+        if purge_step is not None:
+            start = proto.SessionLog(status=proto.SessionLog.START)
+            self._file.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """An event for each value. Raises OSError."""
+        for name, value in values.items():
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Within it torch cannot be imported, which tensorboardX does wherever it is installed: seconds of every start."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]: an import of it fails now
     try:
-        from tensorboardX import SummaryWriter
+        yield
     finally:
         if hidden:
             del sys.modules["torch"]
-    return SummaryWriter
 
 
 def check_wandb(project: str) -> None:

@@ -12,7 +12,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.weights import hf, hub
 from longlora_jax.weights.base import kept_as
 from longlora_jax.weights.families import family_of
-from longlora_jax.weights.workdir import check_base, is_workdir, read_run_config
+from longlora_jax.weights.workdir import check_base, checkpoint_steps, is_workdir, read_run_config
 
 log = logging.getLogger("longlora_jax")
 
@@ -23,7 +23,6 @@ FREE_ON_RESUME = (
     *("log_every", "save_every", "keep_checkpoints", "keep_best", "early_stop", "max_bad_steps", "wandb", "eval"),
     *("mesh", "workers", "remat", "chunks", "loss_chunk", "accumulation"),
     "rope",  # what it did stands in the model
-    "continue_from",  # it did its part at the start
 )
 
 
@@ -33,7 +32,8 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     A run is what it computes, not where its parts lie: the base is known by its weights, the data by its tokens (see
     Batches.set_state). Raises UserError if the workdir holds another run, or if the config and the base model disagree.
     """
-    config = with_held_out_eval(_with_base_of_earlier_run(config))
+    done = checkpoint_steps(workdir)[-1:]  # [the step that this run goes on from], [] at its beginning
+    config = with_held_out_eval(_with_base_of_earlier_run(config, workdir if done else config.continue_from))
     validate(config)
     config = dataclasses.replace(config)
     if config.init_from:
@@ -65,7 +65,7 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
             f"lora.targets holds {', '.join(sorted(lacking))}, which a {config.model.model_type} does not have: use "
             f"names out of {', '.join(config.model.targets)}"
         )
-    if config.continue_from:
+    if config.continue_from and not done:
         _check_earlier_run(config)
     if (warmup := config.optim.warmup_steps) >= config.steps:
         log.warning(
@@ -79,10 +79,17 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
         return config, False
     saved = read_run_config(workdir)
     check_base(workdir, config)
-    if changed := _changed(config, saved):
+    if changed := _changed(config, saved, begun=bool(done)):
         raise UserError(
             f"{workdir} holds a run with another {', '.join(changed)}: give the config that it was started with, or "
             f"begin a new --workdir from its weights with --config.continue_from={workdir}"
+        )
+    if done and done[0] > config.steps:
+        raise UserError(f"steps={config.steps}, and the run in {workdir} has done {done[0]}: give as many or more")
+    if config.accumulation != saved.accumulation and (config.lora.dropout or config.neftune_alpha):
+        log.warning(
+            "accumulation=%d, it was %d: lora.dropout and neftune_alpha draw other numbers from here on",
+            *(config.accumulation, saved.accumulation),
         )
     return config, True
 
@@ -104,9 +111,10 @@ def keep_tokenizer(config: Config, workdir: str) -> Config:
     )
 
 
-def _changed(config: Config, saved: Config) -> list[str]:
-    """The fields by which a config is another run than the saved one."""
-    fixed = {name: getattr(Config(seq_len=1, steps=1), name) for name in FREE_ON_RESUME}
+def _changed(config: Config, saved: Config, begun: bool) -> list[str]:
+    """The fields by which a config is another run than the saved one; begun: that has a checkpoint."""
+    free = FREE_ON_RESUME + (("continue_from",) if begun else ())  # which does its part at the start
+    fixed = {name: getattr(Config(seq_len=1, steps=1), name) for name in free}
 
     def computed(config: Config) -> dict[str, Any]:
         parts = [dataclasses.replace(part, path="", tokenizer="") for part in (config.data, *config.mixture)]
@@ -120,16 +128,17 @@ def _changed(config: Config, saved: Config) -> list[str]:
     return changed
 
 
-def _with_base_of_earlier_run(config: Config) -> Config:
-    """The config with what continue_from says of the base, where it does not say it itself."""
+def _with_base_of_earlier_run(config: Config, workdir: str) -> Config:
+    """The config with what a workdir says of the base, where it does not say it itself: that of continue_from, or the
+    run's own once it has a checkpoint, and the earlier one may be gone."""
     if not config.continue_from:
         return config
-    if not is_workdir(config.continue_from):
+    if not is_workdir(workdir):
         raise UserError(
-            f"continue_from={config.continue_from} is not the workdir of a run: give one, or set init_from to begin "
-            "with a model's folder"
+            f"continue_from={workdir} is not the workdir of a run: give one, or set init_from to begin with a model's "
+            "folder"
         )
-    earlier = read_run_config(config.continue_from)
+    earlier = read_run_config(workdir)
     tokenizer = config.data.tokenizer or (config.init_from or earlier.data.tokenizer)
     return dataclasses.replace(
         config,
@@ -141,7 +150,12 @@ def _with_base_of_earlier_run(config: Config) -> Config:
 
 
 def _check_earlier_run(config: Config) -> None:
-    """Raises UserError if the weights of continue_from do not fit the model of this run."""
+    """Raises UserError if continue_from has no weights yet, or such as do not fit the model of this run."""
+    if not checkpoint_steps(config.continue_from):
+        raise UserError(
+            f"continue_from={config.continue_from} has no checkpoint yet: wait for its first (save_every), or set "
+            "init_from to begin with its base"
+        )
     earlier = read_run_config(config.continue_from)
     check_base(config.continue_from, config)
     names = ("mode",) if config.mode == "full" else ("mode", "lora")

@@ -81,6 +81,12 @@ def is_workdir(path: str) -> bool:
     return (Path(path) / "checkpoints").is_dir() and (Path(path) / "config.json").is_file()
 
 
+def checkpoint_steps(workdir: str) -> list[int]:
+    """The steps of a run's complete checkpoints, the newest last; of a folder that is no workdir none."""
+    folder = Path(workdir, "checkpoints")
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
 def split_step(path: str) -> tuple[str, int | None]:
     """(WORKDIR, STEP) of WORKDIR/checkpoints/STEP, a checkpoint of a run; (path, None) of every other path."""
     folder = Path(path)
@@ -98,7 +104,7 @@ def at_step(workdir: str, step: str | None) -> str:
         return workdir
     if not is_workdir(workdir):
         raise UserError(f"--step {step} is of a run, and {workdir} is no workdir of train.py: leave it out")
-    kept = sorted(int(p.name) for p in Path(workdir, "checkpoints").iterdir() if p.name.isdigit())
+    kept = checkpoint_steps(workdir)
     found = step
     if step == "best":
         beside = [p for p in (Path(workdir, "checkpoints", str(s), "data", "metadata") for s in kept) if p.is_file()]

@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from pathlib import Path
 
 import jax
 import pytest
@@ -63,6 +64,15 @@ def test_all_three_hear_the_same(wandb, tmp_path):
     (started,) = wandb.started
     assert (started["project"], started["config"]) == ("books", {"steps": 4})
     assert (started["name"], started["dir"]) == (tmp_path.name, str(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full, as Linux has it")
+def test_a_full_disk_is_a_fault_at_once(tmp_path):
+    """Catches: a thread that ends in silence, for which the run then waits until its watchdog ends it."""
+    writer = metrics.MetricsLog(str(tmp_path), start_step=0)
+    writer._events._file._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(1, {"train/loss": 1.0})
 
 
 def test_a_resumed_run_is_the_same_run(wandb, tmp_path):

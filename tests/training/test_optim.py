@@ -7,7 +7,7 @@ import optax
 import pytest
 from tiny import tiny_config
 
-from longlora_jax.config import Config, MeshConfig, OptimConfig, validate
+from longlora_jax.config import Config, DataConfig, MeshConfig, OptimConfig, validate
 from longlora_jax.errors import UserError
 from longlora_jax.parallel.sharding import make_mesh
 from longlora_jax.training import run
@@ -37,6 +37,32 @@ def test_decays_reach_their_end_with_the_last_step(name, end_ratio, warmup):
     left = (1 + np.cos(np.pi * share)) / 2 if name == "cosine" else 1 - share
     np.testing.assert_allclose(lr[warmup:], 0.5 * (end_ratio + (1 - end_ratio) * left), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(lr[:warmup], 0.5 * np.arange(1, warmup + 1) / max(warmup, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("learning_rate", x) for x in (-1e-3, float("nan"), float("inf"))),
+        *(("clip_norm", -1.0), ("warmup_steps", -3), ("end_ratio", -2.0), ("weight_decay", -0.1), ("eps", -1.0)),
+        *(("beta1", 1.0), ("beta2", -0.1)),
+    ],
+)
+def test_numbers_that_no_optimizer_has_are_refused(name, value):
+    """Catches: a run that climbs, or whose weights are NaN from its second step, and that ends "done"."""
+    config = Config(init_from="base", seq_len=16, steps=1, data=DataConfig(path="a.txt"))
+    validate(config)
+    setattr(config.optim, name, value)
+    with pytest.raises(UserError, match=f"optim.{name}={value} must be"):
+        validate(config)
+
+
+def test_a_field_of_another_type_says_which_it_must_be():
+    """Catches: a message whose type is the end of Python's name for it."""
+    config = Config(init_from="base", seq_len=16, steps=1, data=DataConfig(path="a.txt", hold_out="run.py"))  # pyright: ignore
+    with pytest.raises(
+        UserError, match=r"data.hold_out='run.py' is of type str, it must be a tuple of str, as in \('a',\)"
+    ):
+        validate(config)
 
 
 def test_a_run_shorter_than_its_warm_up():

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runs import longlora, read_metrics, train_here, write_config
+from runs import FakeEvaluation, longlora, read_metrics, train_here, write_config
 
 from longlora_jax.config import DataConfig, EvalConfig, MeshConfig, OptimConfig
 from longlora_jax.config_file import read_config
@@ -21,7 +21,7 @@ from longlora_jax.resilience.lock import LOCK, WorkdirLock
 from longlora_jax.training import optim, run
 from longlora_jax.training.resolve import resolve
 from longlora_jax.weights.load import load_model
-from longlora_jax.weights.workdir import read_run_config
+from longlora_jax.weights.workdir import at_step, read_run_config
 
 
 def plain(home, **changes):
@@ -131,12 +131,24 @@ def test_continue_from_begins_with_weights_and_moments(trained, train, fake, hom
     assert "was trained with lora=" in line and not (tmp_path / "third").exists()
     line = refused(train, dataclasses.replace(more, continue_from=str(home)), tmp_path / "third", capsys)
     assert "is not the workdir of a run" in line
+    # The earlier run is needed until there is a checkpoint, and no longer.
+    for changed in (more, dataclasses.replace(more, continue_from="", init_from=config.init_from)):
+        moved = dataclasses.replace(changed, continue_from=changed.continue_from and str(tmp_path / "gone"))
+        assert resolve(moved, str(tmp_path / "second"))[1]
+    for step in (tmp_path / "second" / "checkpoints").iterdir():
+        shutil.rmtree(step)
+    line = refused(
+        train, dataclasses.replace(more, continue_from="", init_from=config.init_from), tmp_path / "second", capsys
+    )
+    assert "a run with another continue_from" in line
+    line = refused(train, dataclasses.replace(more, continue_from=str(tmp_path / "second")), tmp_path / "third", capsys)
+    assert "has no checkpoint yet" in line and not (tmp_path / "third").exists()
 
 
 def test_the_best_step_is_kept_and_a_run_without_gain_ends(train, fake, script, monkeypatch, home, tmp_path):
     """Catches: a best step that newer ones push out or a restart forgets, and patience that starts anew."""
     losses = [3.0, 2.0, 2.5, float("nan"), 2.4, 1.0]
-    monkeypatch.setattr(script, "Evaluation", lambda *_: lambda *_: {"eval/loss": losses.pop(0)})
+    monkeypatch.setattr(script, "Evaluation", lambda *_: FakeEvaluation(losses))
     changes = {"keep_checkpoints": 1, "keep_best": True, "early_stop": 3, "mesh": MeshConfig(fsdp=1)}
     config = longlora(home, steps=6, save_every=100, **changes)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=1))
@@ -149,6 +161,28 @@ def test_the_best_step_is_kept_and_a_run_without_gain_ends(train, fake, script, 
     assert steps() == [2, 5] and losses == [1.0]
     lines = (tmp_path / "work" / "metrics.jsonl").read_text()
     assert "NaN" not in lines and json.loads(lines.splitlines()[3])["eval/loss"] is None
+
+
+def test_losses_of_other_data_are_not_compared(train, fake, script, monkeypatch, home, tmp_path, capsys):
+    """Catches: a run that ends for want of gain, or keeps a step, by the loss of other data."""
+    config = longlora(home, steps=4, save_every=1, early_stop=2, keep_best=True, mesh=MeshConfig(fsdp=1))
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=1))
+    config.optim.schedule, config.attention.full_last = "constant", 0.0
+    monkeypatch.setattr(script, "Evaluation", lambda *_: FakeEvaluation([1.0]))
+    train(dataclasses.replace(config, steps=2), tmp_path / "work")
+    monkeypatch.setattr(script, "Evaluation", lambda *_: FakeEvaluation([5.0, 4.0], identity="other data"))
+    train(config, tmp_path / "work")
+    assert "the data of eval has changed" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(tmp_path / "work")] == [1, 2, 3, 4]
+    assert at_step(str(tmp_path / "work"), "best").endswith("/4")
+
+
+def test_fewer_steps_than_are_done_are_refused(train, fake, home, tmp_path, capsys):
+    """Catches: code 75, "to be started again", which a launcher obeys for ever."""
+    train(plain(home, steps=4, optim=OptimConfig(warmup_steps=0)), tmp_path / "work")
+    fewer = plain(home, steps=2, optim=OptimConfig(warmup_steps=0))
+    assert "has done 4: give as many or more" in refused(train, fewer, tmp_path / "work", capsys)
+    assert read_run_config(str(tmp_path / "work")).steps == 4
 
 
 def test_a_workdir_in_use_is_refused(train, fake, home, tmp_path, capsys):

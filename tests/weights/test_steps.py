@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from runs import FakeStep, longlora
+from runs import FakeEvaluation, FakeStep, longlora
 
 import convert_weights
 from longlora_jax.config import MeshConfig
@@ -23,8 +23,7 @@ from longlora_jax.weights.workdir import at_step
 def counted(train, fake, script, monkeypatch, home, tmp_path):
     """A workdir whose weights say of which step they are; its base is tmp_path / "base"."""
     shutil.copytree(home / "base", tmp_path / "base")
-    losses = iter([3.0, 1.0, 2.0, 2.0])
-    monkeypatch.setattr(script, "Evaluation", lambda *_: lambda *_: {"eval/loss": next(losses)})
+    monkeypatch.setattr(script, "Evaluation", lambda *_: FakeEvaluation([3.0, 1.0, 2.0, 2.0]))
 
     def step(self, state, frozen, batch):
         trainable = jax.tree.map(lambda x: x * 0 + state.step + 1, state.trainable)
