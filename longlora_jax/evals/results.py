@@ -37,7 +37,7 @@ class Results:
         self._path, self._key = path, tuple(key)
         self.head = json.loads(json.dumps(head))  # as it is read back: tuples are lists
         self.rows: list[dict[str, Any]] = []
-        if not path or not os.path.exists(path) or holds_nothing(path):
+        if not path or not os.path.isfile(path) or holds_nothing(path):
             return
         found = read_json(path)
         rows = found.get("results")
