@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longlora_jax import errors
-from longlora_jax.files import write_json
+from longlora_jax.files import check_writable, write_json
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -288,6 +288,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where to write the results")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.json:
+        check_writable(args.json)
     if args.worker:
         return torch_worker()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same GPU

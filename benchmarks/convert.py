@@ -25,7 +25,7 @@ import numpy as np
 
 from longlora_jax import errors
 from longlora_jax.errors import UserError
-from longlora_jax.files import write_json
+from longlora_jax.files import check_writable, write_json
 from longlora_jax.presets import llama2_7b
 from longlora_jax.weights import hf
 from longlora_jax.weights.rules import weight_rules
@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where to write the results")
     args = parser.parse_args()
+    if args.json:
+        check_writable(args.json)
     scratch = Path(args.scratch).absolute()
     source, copy, ours, out = (scratch / name for name in ("source", "copy", "converted", "exported"))
     if not source.exists():

@@ -30,7 +30,7 @@ from longlora_jax.data.prepare import Job, prepare
 from longlora_jax.data.prepared import Prepared
 from longlora_jax.data.source import SOURCES, read_documents
 from longlora_jax.errors import UserError
-from longlora_jax.files import write_json
+from longlora_jax.files import check_writable, write_json
 from longlora_jax.parallel import sharding
 from longlora_jax.training import run
 from longlora_jax.training.resolve import resolve
@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps around each loader (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="where to write the results")
     args = parser.parse_args()
+    if args.json:
+        check_writable(args.json)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     results = {
         "machine": {"cpu_cores": len(os.sched_getaffinity(0)), "python": platform.python_version()},

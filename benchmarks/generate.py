@@ -20,7 +20,7 @@ import transformers
 
 from longlora_jax import errors
 from longlora_jax.errors import UserError
-from longlora_jax.files import write_json
+from longlora_jax.files import check_writable, write_json
 from longlora_jax.generate.session import Session, complete
 from longlora_jax.model.decoder import Llama, init_params
 from longlora_jax.presets import smollm2_135m
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="that count (default: %(default)s)")
     parser.add_argument("--json", required=True, metavar="FILE", help="where to write the results")
     args = parser.parse_args()
+    check_writable(args.json)
     model = Llama(smollm2_135m())
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.PRNGKey(0))
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from longlora_jax import errors
-from longlora_jax.files import holds_nothing, write_json
+from longlora_jax.files import check_writable, holds_nothing, write_json
 
 ROOT = Path(__file__).parent.parent
 ROWS = {  # name: (config, topology, devices on the context axis, further changes)
@@ -55,6 +55,8 @@ def plan_rows(rows: dict[str, tuple], description: str) -> None:
     parser.add_argument("--only", metavar="TEXT", default="", help="rows whose name holds this text")
     parser.add_argument("--json", metavar="FILE", help="where to write the results; rows that are there are kept")
     args = parser.parse_args()
+    if args.json:
+        check_writable(args.json)
     found = {}
     if args.json and Path(args.json).exists() and not holds_nothing(args.json):
         found = json.loads(Path(args.json).read_text())

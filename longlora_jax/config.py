@@ -168,6 +168,18 @@ POSITIVE = (
 
 def validate(config: Config) -> None:
     """Checks what can be checked without files or devices; all faults come in one UserError."""
+    if faults := [*_field_faults(config), *_training_faults(config)]:
+        raise UserError("; ".join(faults))
+
+
+def validate_model(config: Config) -> None:
+    """Checks a config of which only the model counts, not its training; all faults come in one UserError."""
+    if faults := _field_faults(config):
+        raise UserError("; ".join(faults))
+
+
+def _field_faults(config: Config) -> list[str]:
+    """What is wrong with a field by itself. Raises UserError for a value of another type than its field's."""
     if faults := list(type_faults(config)):
         raise UserError("; ".join(faults))
     for name, choices in CHOICES.items():
@@ -179,6 +191,11 @@ def validate(config: Config) -> None:
             faults.append(f"{name}={getattr(config, name)} must be 1 or more")
     if config.model is None and not config.init_from:
         faults.append("there is no model: set init_from to a model's folder, or model to a ModelConfig")
+    return faults
+
+
+def _training_faults(config: Config) -> list[str]:
+    faults = []
     if not config.data.tokenizer and not config.init_from:
         faults.append("there is no tokenizer: set data.tokenizer to a folder that has one")
     if config.mode != "full" and not config.init_from:
@@ -224,9 +241,7 @@ def validate(config: Config) -> None:
         faults.append(f"lora.dropout={config.lora.dropout} must be at least 0 and below 1")
     if not 0 <= config.neftune_alpha < math.inf:
         faults.append(f"neftune_alpha={config.neftune_alpha} must be 0 (no noise) or more (NEFTune uses 5 to 15)")
-    faults += _rate_faults(config.optim, config.mode)
-    if faults:
-        raise UserError("; ".join(faults))
+    return faults + _rate_faults(config.optim, config.mode)
 
 
 def remat_fault(config: Config) -> str:

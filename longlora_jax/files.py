@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import shutil
+import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -99,19 +101,45 @@ def write_json(path: str, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """Writes a file aside first: the one at path is whole at every moment. What is no UTF-8 becomes a sign.
+    """Writes a file as write_bytes does. What is no UTF-8 becomes a sign."""
+    write_bytes(path, text.encode("utf-8", errors="replace"))
 
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Writes a file aside first: the one at path is whole at every moment.
+
+    Of a link, what it names is written. A device, a pipe and standard output stay what they are: content is added.
     Raises OSError, and leaves nothing beside.
     """
+    if (stream := _stream(path)) is not None:
+        with open(stream, "wb") as file:
+            file.write(content)
+        return
+    path = os.path.realpath(path)
     aside = f"{path}.incomplete"
     try:
-        with open(aside, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
+        with open(aside, "wb") as file:
+            file.write(content)
         os.replace(aside, path)
     except OSError:
         with suppress(OSError):
             os.unlink(aside)
         raise
+
+
+def _stream(path: str) -> int | None:
+    """A descriptor of what cannot be replaced: standard output, or what is no regular file; else None."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    for standard in (sys.stdout, sys.stderr):
+        # Not opened again: where it is a file, each descriptor of its own would write from the beginning.
+        with suppress(AttributeError, OSError, ValueError):  # none, closed, or one that Python has in memory
+            if os.path.samestat(found, os.fstat(standard.fileno())):
+                standard.flush()
+                return os.dup(standard.fileno())
+    return None if stat.S_ISREG(found.st_mode) else os.open(path, os.O_WRONLY)
 
 
 def holds_nothing(path: str) -> bool:
@@ -124,7 +152,12 @@ def holds_nothing(path: str) -> bool:
 
 def check_writable(path: str) -> None:
     """Raises UserError if a file could not be written there."""
-    if os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK):
+    target = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe is written into, a folder cannot be
+        writable = not os.path.isdir(path) and os.access(path, os.W_OK)
+    else:
+        writable = bool(os.path.basename(path)) and os.access(os.path.dirname(target), os.W_OK)
+    if not writable:
         raise UserError(f"{path} cannot be written: give a file in an existing folder that you may write to")
 
 

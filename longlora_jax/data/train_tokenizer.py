@@ -4,7 +4,6 @@ python -m longlora_jax.data.train_tokenizer --source python --vocab_size 4096 --
 """
 
 import argparse
-import json
 import logging
 import os
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from longlora_jax import errors
 from longlora_jax.data.formats import Reading
 from longlora_jax.data.source import HELD_OUT, SOURCES, read_documents
 from longlora_jax.errors import UserError
+from longlora_jax.files import write_json, write_text
 
 END_OF_TEXT = "<|endoftext|>"  # id 0: begin, end and padding
 
@@ -77,14 +77,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str, *, model_max_length: int) 
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): name a folder.") from error
-    _write(Path(folder) / "tokenizer.json", tokenizer.to_str(pretty=False) + "\n")
-    _write(Path(folder) / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_text(os.path.join(folder, "tokenizer.json"), tokenizer.to_str(pretty=False) + "\n")
+    write_json(os.path.join(folder, "tokenizer_config.json"), config)
 
 
 def main() -> None:

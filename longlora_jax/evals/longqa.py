@@ -4,6 +4,7 @@ A row has `context`, `question` or `instruction`, and `answer` or `output`: a te
 right. The model reads the context, a blank line and the question. Rows that do not fit are left out and counted.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from longlora_jax.evals.answers import exact_match, f1
 from longlora_jax.evals.command import check_outputs, quantization_of
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import Reader
-from longlora_jax.evals.results import Results
+from longlora_jax.evals.results import Results, digest
 from longlora_jax.evals.retrieval import add_model_flags, wilson
 from longlora_jax.progress import progress_bar
 from longlora_jax.weights.workdir import at_step
@@ -102,10 +103,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"none of the {len(rows)} rows of {args.data} fits: the shortest prompt has {shortest} tokens, there is "
             f"room for {most} beside --max_new_tokens {args.max_new_tokens}: raise --max_tokens"
         )
-    head = {"task": "longqa", "model": args.model, "weights": reader.weights, "data": args.data, "dtype": args.dtype}
+    head = {"task": "longqa", "model": args.model, **reader.identity, "data": args.data, "dtype": args.dtype}
     head |= {"quantize": quantization_of(args)}
     head |= {"template": reader.template, "max_new_tokens": args.max_new_tokens}
     results = Results(args.json, head, ["row"])
+    digests = {row: digest(json.dumps(question)) for row, question in enumerate(rows)}
+    results.keep(lambda r: r.get("digest", "") == digests.get(r["row"]), f"{args.data} has other questions there now")
     asked = fitting[: args.limit]
     missing = [row for row in asked if not results.find(row=row)]
     size = args.batch_size or 1
@@ -118,9 +121,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             answers = reader.answer([prompts[row] for row in batch], args.max_new_tokens, stop)
             for row, answer in zip(batch, map(str.strip, answers), strict=True):
                 answer = answer if reader.chat else answer.split("\n")[0]  # a token may go on behind the line's end
-                results.add({"row": row, "tokens": len(prompts[row])} | _judged(rows[row], answer))
+                known = {"row": row, "digest": digests[row], "tokens": len(prompts[row])}
+                results.add(known | _judged(rows[row], answer))
                 bar.update()
-    _report(results, skipped, most, args)
+    _report(results, asked, skipped, most, args)
 
 
 def _read(path: str) -> list[Question]:
@@ -138,8 +142,10 @@ def _judged(question: Question, answer: str) -> dict[str, Any]:
     return scores | {"question": question.question, "expected": question.answers, "answer": answer}
 
 
-def _report(results: Results, skipped: int, most: int, args) -> None:
-    whole, parts = summary(results.rows), by_length(results.rows)
+def _report(results: Results, asked: Sequence[int], skipped: int, most: int, args) -> None:
+    now = set(asked)  # an earlier call may have asked more
+    found = [row for row in results.rows if row["row"] in now]
+    whole, parts = summary(found), by_length(found)
     print(args.model)
     print("tokens up to  questions  exact match     F1")
     for name, part in [*((f"{size:,}", part) for size, part in parts.items()), ("all", whole)]:

@@ -15,7 +15,7 @@ from longlora_jax.data import Memmap, load_tokenizer, read_text
 from longlora_jax.errors import UserError, number, numbers
 from longlora_jax.evals.command import add_rope_flags, check_outputs, note_window, quantization_of, rope_override
 from longlora_jax.evals.plots import plot_perplexity
-from longlora_jax.evals.results import Results, weights_of
+from longlora_jax.evals.results import Results, digest, identity
 from longlora_jax.evals.scoring import (
     LONGLORA_STRIDE,
     TOKENS_AT_ONCE,
@@ -135,8 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     sizes = [len(d) for d in documents]
     override = rope_override(args)
-    head = {"model": args.model, "weights": weights_of(args.model, opened.tokenizer_dir), "data": args.data}
-    head |= {"data_tokens": sizes, "attention": args.attention, "dtype": args.dtype, "rope_override": override}
+    head = {"model": args.model, **identity(opened), "data": args.data, "data_tokens": sizes}
+    head |= {"data_digests": [digest(np.ascontiguousarray(ids, "<i4").data) for ids in documents]}
+    head |= {"attention": args.attention, "dtype": args.dtype, "rope_override": override}
     head |= {"quantize": quantization_of(args)}
     if args.attention == "s2":
         head |= {"group_ratio": args.group_ratio}

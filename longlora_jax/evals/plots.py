@@ -1,6 +1,6 @@
 """Pictures of evaluations."""
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from longlora_jax.files import write_bytes
 
 # Of the palettes of Okabe and Ito and of Tol, safe for colour-blind readers, what is dark enough for text on white.
 HIGHLIGHT = "#D55E00"
@@ -67,7 +69,7 @@ def plot_perplexity(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     _name_ends(axes, ends)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_grid(
@@ -116,13 +118,14 @@ def plot_grid(
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     figure.colorbar(image, ticks=[0, 0.5, 1], pad=0.02)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: str) -> None:
-    aside = Path(path).with_suffix(f".incomplete{Path(path).suffix}")
-    figure.savefig(aside)
-    os.replace(aside, path)
+def save(figure: Figure, path: str) -> None:
+    """Writes a picture as write_bytes does; path: .png, .svg or .pdf."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix[1:])
+    write_bytes(path, picture.getvalue())
 
 
 def _name_ends(axes, ends) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
-from longlora_jax.evals.results import weights_of
+from longlora_jax.evals.results import identity
 from longlora_jax.generate.generation import generate, load_for_generation
 from longlora_jax.model_config import ModelConfig
 from longlora_jax.weights.load import open_model
@@ -30,7 +30,7 @@ class Reader:
     template: "chat" sends what is asked through the model's template (what its run trained under, or the tokenizer's),
     "plain" as it is, "auto" takes the template if there is one. batch_size: prompts read at once (None: TOKENS_AT_ONCE
     tokens' worth); quantize: see open_model; stretch: what its config becomes, for an untrained scaling of positions.
-    Raises UserError.
+    identity: what results depend on of it (see results.identity). Raises UserError.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Reader:
         self._dtype, self._batch_size = dtype, batch_size
         self.config = stretch(self._opened.config)
         folder = self._opened.tokenizer_dir
-        self.weights = weights_of(path, folder)
         self.tokenizer = load_tokenizer(folder)
+        self.identity = identity(self._opened, self.tokenizer)
         self._format = self._opened.chat_format()
         if template == "chat" and not self._format:
             raise UserError(f"the tokenizer of {path} has no chat template: use --template plain")

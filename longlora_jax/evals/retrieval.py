@@ -20,7 +20,7 @@ from longlora_jax.errors import UserError, number, numbers
 from longlora_jax.evals.command import add_rope_flags, check_outputs, note_window, quantization_of, rope_override
 from longlora_jax.evals.plots import plot_grid
 from longlora_jax.evals.reader import TEMPLATES, TOKENS_AT_ONCE, Reader
-from longlora_jax.evals.results import Results
+from longlora_jax.evals.results import Results, digest
 from longlora_jax.evals.scoring import stretch_rope
 from longlora_jax.model_config import ModelConfig
 from longlora_jax.progress import progress_bar
@@ -117,7 +117,7 @@ def read_haystack(path: str) -> tuple[str, dict[str, str]]:
     """
     if not (text := read_text(path).strip()):
         raise UserError(f"{path} is empty: give a text")
-    return text, {"haystack": path, "haystack_begins": "anywhere"}
+    return text, {"haystack": path, "haystack_digest": digest(text), "haystack_begins": "anywhere"}
 
 
 def begun_anywhere(text: str, rng: np.random.Generator) -> str:
@@ -144,7 +144,7 @@ def run_grid(task: Task, args: argparse.Namespace, depths: Sequence[float] | Non
 
     how = {name: getattr(args, name) for name in ("template", "dtype", "batch_size", "quantize")}
     reader = Reader(args.model, **how, stretch=stretch)
-    head = {"task": task.name, "model": args.model, "weights": reader.weights, "dtype": args.dtype}
+    head = {"task": task.name, "model": args.model, **reader.identity, "dtype": args.dtype}
     head |= {"template": reader.template, "seed": args.seed}
     head |= {"quantize": quantization_of(args), "rope_override": None}
     if override and (scaling := reader.config.rope_scaling):  # what was left open goes by the lengths

@@ -119,6 +119,11 @@ def chunk_size(chunk: int | None, where: str | None = None) -> int:
     return (4096 if (where or platform()) == "gpu" else 512) if chunk is None else chunk
 
 
+def fitting_chunk(chunk: int, tokens: int) -> int:
+    """How many tokens are computed at once where no more than `tokens` come: a power of two, or a whole chunk."""
+    return min(chunk, max(LEAST_CHUNK, 1 << (int(tokens) - 1).bit_length()))
+
+
 class Session:
     """Rows that a model reads and continues: read() and then stream(), in any turns.
 
@@ -151,7 +156,7 @@ class Session:
         self.model = as_read(model)
         mesh = self.model.mesh
         self._params, self._capacity, self._window = params, tokens, window
-        self._chunk = chunk if window else min(chunk, _power_of_two(tokens))
+        self._chunk = chunk if window else fitting_chunk(chunk, tokens)
         cache = {"dtype": model.dtype, "chunk": self._chunk, "sinks": sinks, "window": window, "mesh": mesh}
         self._cache = new_cache(model.config, rows, tokens, **cache)
         zeros = functools.partial(jnp.zeros, (rows, model.config.vocab_size), jnp.float32)
@@ -223,7 +228,7 @@ class Session:
         self._logits.block_until_ready()
 
     def _size(self, tokens: int) -> int:
-        return min(self._chunk, _power_of_two(tokens))
+        return fitting_chunk(self._chunk, tokens)
 
     def _step(self, tokens, counts) -> None:
         self._cache, self._logits = _advance(self.model, self._params, self._cache, tokens, counts, self._logits)
@@ -267,10 +272,6 @@ def complete(
         if not running:
             break
     return tokens
-
-
-def _power_of_two(tokens: int) -> int:
-    return max(LEAST_CHUNK, 1 << (int(tokens) - 1).bit_length())
 
 
 def _whole_rows(mesh: Mesh) -> Mesh:

@@ -131,7 +131,7 @@ def listing(
 
 def _measured(workdir: Path) -> tuple[list[dict[str, Any]], str]:
     """Results with a measured step, of this workdir or else of the runs behind docs/paper.md, and what they are of."""
-    here = [read_json(str(path)) for path in sorted((workdir / runs.RESULTS).glob("*.json"))]
+    here = [runs.read_result(path) for path in sorted((workdir / runs.RESULTS).glob("*.json"))]
     if here := [r for r in here if r["step_seconds"]]:
         return here, str(workdir)
     if not os.path.exists(MEASURED):

@@ -1,18 +1,16 @@
 """What the runs brought: tables in Markdown, and a picture."""
 
 import math
-import os
 import statistics
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from longlora_jax.evals.plots import COLOURS, HIGHLIGHT
+from longlora_jax.evals.plots import COLOURS, HIGHLIGHT, save
 from longlora_jax.paper.tables import NOTHING, Row, Run, Table
 
 Chosen = Sequence[tuple[Table, Sequence[Row]]]
@@ -91,9 +89,7 @@ def draw(content: dict[str, Any], chosen: Chosen, path: str) -> None:
     for axes, (table, found) in zip(grid[:, 0], panels, strict=True):
         _panel(axes, table, found)
     grid[-1, 0].set_xlabel("perplexity of held-out files under full attention (lower is better)")
-    aside = Path(path).with_suffix(f".incomplete{Path(path).suffix}")
-    figure.savefig(aside)
-    os.replace(aside, path)
+    save(figure, path)
 
 
 def _panel(axes, table: Table, found) -> None:

@@ -30,6 +30,16 @@ BASE = "models/tiny-python-llama"
 DTYPE = "float32"  # of training and scoring, unless a run changes it
 SEQ_LEN = 1008
 SCORED = 4 * SEQ_LEN  # tokens of each held-out file, in windows of SEQ_LEN: the same for every row
+# What the tables and the hours of the listing are made of, in a file of results.
+FIELDS = {
+    "seed": int,
+    "steps": int,
+    "changes": dict,
+    "perplexity": int | float,
+    "pattern_perplexity": int | float | None,
+    "seconds": int | float,
+    "step_seconds": int | float | None,
+}
 DATA, RESULTS, RUNS, COMPILED = "data", "results", "runs", "compiled"  # in the workdir
 
 
@@ -41,7 +51,18 @@ def result_path(workdir: Path, run: Run, seed: int) -> Path:
 def finished(workdir: Path, run: Run, seed: int) -> dict[str, Any] | None:
     """The numbers of a run with a seed; None if it is still to be made. Raises UserError for a damaged file."""
     path = result_path(workdir, run, seed)
-    return read_json(str(path)) if path.exists() else None
+    return read_result(path) if path.exists() else None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The numbers of one file of results. Raises UserError if it is damaged, or lacks what the tables need."""
+    found = read_json(str(path))
+    if wrong := [name for name, kinds in FIELDS.items() if not isinstance(found.get(name, ...), kinds)]:
+        raise UserError(
+            f"{path} has no {' and no '.join(wrong)} (it is damaged, or of an earlier version): remove it, and give "
+            "the command without --show and --list to make this row again"
+        )
+    return found
 
 
 def make(workdir: Path, run: Run, seed: int, *, twice: bool) -> dict[str, Any]:
@@ -125,7 +146,7 @@ def gather(workdir: Path, runs: Sequence[Run], *, steps: int, common: Mapping[st
     found = {}
     for run in runs:
         paths = sorted((workdir / RESULTS).glob(f"{run.name}_seed*.json" if run.steps else f"{run.name}.json"))
-        if results := sorted((read_json(str(path)) for path in paths), key=lambda r: r["seed"]):
+        if results := sorted((read_result(path) for path in paths), key=lambda r: r["seed"]):
             found[run.name] = results
     setting = {
         "base": BASE,

@@ -8,11 +8,11 @@ from longlora_jax import errors
 from longlora_jax.config import Config
 from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
-from longlora_jax.files import write_json
+from longlora_jax.files import check_writable, write_json
 from longlora_jax.plan import generation
 from longlora_jax.plan.chips import DEFAULT_SHARE, GIB, GPUS, SHARE
 from longlora_jax.plan.gpus import INSTALL
-from longlora_jax.plan.planner import plan, search
+from longlora_jax.plan.planner import MFU, plan, search
 
 
 def table(found: dict[str, Any]) -> str:
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="TPUs by shape: v5e:2x4, v5p:2x2x1, v6e:4x4, v4:2x2x2, tpu7x:2x2x1; GPUs by number: h100:8, of "
         + ", ".join(GPUS),
     )
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak to assume (default: %(default)s)")
+    parser.add_argument("--mfu", type=float, help=f"share of the peak to assume (default: {MFU})")
     parser.add_argument(
         "--search", action="store_true", help="find the longest window that fits, with its mesh, rows and remat"
     )
@@ -113,10 +113,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="where to write the plan")
     args, overrides = parser.parse_known_args(argv)
-    if not 0 < args.mfu <= 1:
+    if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu} must be above 0 and at most 1")
+    if args.mfu is not None and args.generate:
+        raise UserError("--mfu is of the time of training, and --generate plans none: leave one of them out")
     if args.chunk and not args.generate:
         raise UserError("--chunk is of reading a prompt: give --generate as well")
+    if args.json:
+        check_writable(args.json)
     config = read_config(args.config, overrides)
     if args.generate:
         found = generation.plan_generation(config, args.topology, chunk=args.chunk, longest=args.search)
@@ -127,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.search:
         config = search(config, args.topology)
         print(f"{_flags(config)}\n")
-    found = plan(config, args.topology, mfu=args.mfu)
+    found = plan(config, args.topology, mfu=MFU if args.mfu is None else args.mfu)
     print(table(found))
     if args.json:
         write_json(args.json, found)

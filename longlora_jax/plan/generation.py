@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longlora_jax.config import Config, ModelConfig
+from longlora_jax.config import Config, ModelConfig, validate_model
 from longlora_jax.errors import UserError
 from longlora_jax.generate.generation import best_mesh
-from longlora_jax.generate.session import as_read, chunk_size, trace_step
+from longlora_jax.generate.session import as_read, chunk_size, fitting_chunk, trace_step
 from longlora_jax.model.cache import Cache, abstract_cache, cut_of
 from longlora_jax.model.codes import Quantization
 from longlora_jax.model.decoder import Llama, abstract_params
@@ -34,19 +34,25 @@ def plan_generation(
     """What a prompt of config.seq_len tokens needs on a topology (see planner.plan), as one JSON-like dict.
 
     The model, its RoPE scaling, dtype and base_quantization are the config's. chunk: tokens read at once
-    (session.chunk_size); longest: of the longest prompt that fits instead. Raises UserError, also where not even STEP
-    tokens fit.
+    (session.chunk_size); longest: of the longest prompt that fits instead, and where every layer has a sliding window,
+    which a prompt of any length fits then, of config.seq_len tokens or more. Raises UserError, also where not even
+    STEP tokens fit.
     """
+    validate_model(config)
     found = find_topology(topology)
     chunk = chunk_size(chunk, "gpu" if found.kind in GPUS else "tpu")
     if not longest:
         return _plan(config, found, topology, chunk, config.seq_len)
     # What a step needs beside weights and cache does not depend on the prompt.
-    least = _plan(config, found, topology, chunk, STEP)
+    least = _plan(config, found, topology, chunk, max(STEP, chunk))
     spare = least["hbm_limit_bytes"] - least["hbm_bytes_per_device"] + least["cache_bytes_per_device"]
-    steps, beyond = 1, 1
-    while _cache_bytes(config, found, chunk, beyond * STEP) <= spare:
-        steps, beyond = beyond, 2 * beyond
+    steps, beyond, held = 1, 1, 0
+    while held < (grown := _cache_bytes(config, found, chunk, beyond * STEP)) <= spare:
+        steps, beyond, held = beyond, 2 * beyond, grown
+    if grown == held:  # the windows are full
+        if (tried := _plan(config, found, topology, chunk, max(config.seq_len, steps * STEP)))["fits"]:
+            return tried
+        beyond = steps + 1
     while beyond - steps > 1:
         middle = (steps + beyond) // 2
         fits = _cache_bytes(config, found, chunk, middle * STEP) <= spare
@@ -84,6 +90,8 @@ def _plan(config: Config, found: Topology, topology: str, chunk: int, tokens: in
     model = Llama(c, dtype=jnp.dtype(config.dtype), mesh=mesh, quantization=quantization)
     model = as_read(model) if found.devices else model
     params = _params(model, shardings)
+    chunk = fitting_chunk(chunk, tokens)
+    last = (tokens - 1) % chunk + 1
     cache = _cache(config, found, c, mesh, chunk, tokens)
     with traced_for(found) as options:
         limit = int(found.chip.memory_gib * GIB)
@@ -103,6 +111,7 @@ def _plan(config: Config, found: Topology, topology: str, chunk: int, tokens: in
         "tokens": tokens,
         "chunk": chunk,
         "base_quantization": config.base_quantization,
+        "cache_grows": not all(c.windows),
         "cache_cut": {
             "heads": math.prod(mesh.shape[axis] for axis in cut.heads),
             "sequence": math.prod(mesh.shape[axis] for axis in cut.slots),
@@ -117,7 +126,7 @@ def _plan(config: Config, found: Topology, topology: str, chunk: int, tokens: in
         "weights_bytes_per_device": held["weights"],
         "cache_bytes_per_device": held["cache"],
         "prompt_flops": reading_flops(c, 0, tokens),
-        "chunk_flops": reading_flops(c, tokens - chunk, chunk),
+        "chunk_flops": reading_flops(c, tokens - last, last),
         "decode_flops": reading_flops(c, tokens, 1),
     }
 
@@ -183,6 +192,7 @@ def table(found: dict[str, Any]) -> str:
     rows = {name: found[f"{name}_bytes_per_device"] / GIB for name in ("weights", "cache", "prefill", "decode", "hbm")}
     limit = found["hbm_limit_bytes"] / GIB
     packed = f", base in {found['base_quantization']}" if found["base_quantization"] != "none" else ""
+    endless = found["fits"] and not found["cache_grows"]
     return "\n".join(
         [
             f"prompt      {found['tokens']:,} tokens in chunks of {found['chunk']:,}{packed}",
@@ -195,5 +205,6 @@ def table(found: dict[str, Any]) -> str:
             f"forward     {found['prompt_flops'] / 1e15:,.2f} PFLOPs for the prompt, "
             f"{found['chunk_flops'] / 1e12:,.1f} TFLOPs for its last chunk, {found['decode_flops'] / 1e9:,.1f} GFLOPs "
             "for a token after it",
+            *(["longer      all layers have a sliding window: memory does not bound the prompt"] if endless else []),
         ]
     )

@@ -32,8 +32,10 @@ from longlora_jax.training.step import compile_train_step
 from longlora_jax.weights.base import kept_as
 from longlora_jax.weights.hf_config import load_config
 
+MFU = 0.4  # of the chips' peak, where nothing else is assumed
 
-def plan(config: Config, topology: str, *, mfu: float = 0.4) -> dict[str, Any]:
+
+def plan(config: Config, topology: str, *, mfu: float = MFU) -> dict[str, Any]:
     """The plan of a run on a topology such as "v5e:2x4" (8 TPU chips of v5e) or "h100:8", as one JSON-like dict.
 
     TPUs are compiled for, and GPUs where JAX's CUDA plugin is installed, else planned by formula: "memory_by" and

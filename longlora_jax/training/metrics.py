@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from longlora_jax import progress
 from longlora_jax.errors import UserError
-from longlora_jax.files import read_json, write_json
+from longlora_jax.files import read_json, write_json, write_text
 from longlora_jax.parallel import distributed
 
 log = logging.getLogger(__name__)
@@ -170,9 +170,7 @@ def _keep_until(path: Path, step: int) -> None:
             bad += 1
     if bad:
         log.warning("%s: %d lines that are not metrics are removed", path, bad)
-    aside = path.with_suffix(".incomplete")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    write_text(str(path), "".join(kept))
 
 
 def census_lines(groups: dict[str, dict[str, int]]) -> list[str]:

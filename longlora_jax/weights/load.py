@@ -80,8 +80,8 @@ def _damaged(folder: Path, fault: str) -> UserError:
 class OpenModel(NamedTuple):
     """A model on disk, not read yet: its config, its tensors with adapters merged, its tokenizer's folder.
 
-    workdir: that of the run that it comes from; "": it is in a folder of its own. quantization: how the blocks'
-    matrices are to be kept on devices, None for plain ones.
+    workdir, step: the run that it comes from and its checkpoint; "", None: it is in a folder of its own. quantization:
+    how the blocks' matrices are to be kept on devices, None for plain ones.
     """
 
     config: ModelConfig
@@ -89,6 +89,7 @@ class OpenModel(NamedTuple):
     tokenizer_dir: str
     workdir: str = ""
     quantization: Quantization | None = None
+    step: int | None = None
 
     def chat_format(self) -> ChatFormat:
         """How it is asked and what ends its answers: what its run trained under, else what its folder says."""
@@ -113,6 +114,7 @@ def open_model(
     """
     path, step = split_step(hub.local_folder(path, what=_FOLDERS))
     if is_workdir(path):
+        step = _newest_step(path) if step is None else step
         config, table, tokenizer_dir = _open_workdir(path, step, dtype, check, base)
     elif (Path(path) / "params").is_dir():
         (config, table), tokenizer_dir = _open_params(path, check), path
@@ -120,10 +122,10 @@ def open_model(
         (config, table), tokenizer_dir = hf.open_hf(path), path
     workdir = path if is_workdir(path) else ""
     if quantize != "none":
-        return OpenModel(config, table, tokenizer_dir, workdir, agreed(config, table, quantize, path))
+        return OpenModel(config, table, tokenizer_dir, workdir, agreed(config, table, quantize, path), step)
     if dtype:
         table = cast_table(table, lambda _: DTYPES[dtype])
-    return OpenModel(config, table, tokenizer_dir, workdir)
+    return OpenModel(config, table, tokenizer_dir, workdir, step=step)
 
 
 def load_model(path: str) -> LoadedModel:
@@ -185,14 +187,19 @@ def _open_run(path: str, step: int | None, check: bool = False) -> tuple[Config,
     config = read_run_config(path)
     assert config.model is not None  # a run is saved resolved
     checkpoints = Path(path).absolute() / "checkpoints"
-    if step is None:
-        with ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-            step = manager.latest_step()
-    if step is None:
-        raise UserError(f"{path} has no complete checkpoint yet: train it further, or name another folder")
+    step = _newest_step(path) if step is None else step
     if check and (faults := checksums.verify(checkpoints / str(step))):
         raise _damaged(checkpoints / str(step), faults[0])
     return config, config.model, _saved_tree(checkpoints / str(step) / "state", "trainable")
+
+
+def _newest_step(workdir: str) -> int:
+    checkpoints, options = Path(workdir).absolute() / "checkpoints", ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(checkpoints, options=options) as manager:
+        step = manager.latest_step()
+    if step is None:
+        raise UserError(f"{workdir} has no complete checkpoint yet: train it further, or name another folder")
+    return step
 
 
 def _open_base(workdir: str, config: Config, check: bool = False) -> dict[str, Tensor]:

@@ -13,27 +13,46 @@ from longlora_jax.config import Config, from_dict
 from longlora_jax.data.chat import ChatFormat, run_format, save_format, saved_format
 from longlora_jax.errors import UserError
 from longlora_jax.files import read_json, write_json
+from longlora_jax.weights.checksums import CHECKSUMS, has_checksums
 from longlora_jax.weights.converted import DIGESTS
 
 
-def fingerprint(path: str) -> str:
-    """A digest of a model folder's weights: of every file its size, and its digests if it has them, else 1 MiB of it at
-    head, middle and tail.
+def fingerprint(path: str, *, windows: int = 3, size_of_each: int = 1 << 20) -> str:
+    """A digest of a model folder's weights: of every file its size, and its digests if it has them, else some windows
+    of so many bytes, evenly from head to tail: by default 1 MiB of it at head, middle and tail.
     """
     digest = hashlib.sha256()
     digests = Path(path) / DIGESTS
     if digests.is_file():
         digest.update(digests.read_bytes())
     for file in sorted(p for p in Path(path).rglob("*") if _is_weights(p, Path(path))):
-        size, window = file.stat().st_size, 1 << 20
+        size = file.stat().st_size
         digest.update(f"{file.relative_to(path)}:{size}".encode())
         if digests.is_file():
             continue
         with open(file, "rb") as stream:
-            for start in sorted({0, max(size // 2 - window // 2, 0), max(size - window, 0)}):
+            for start in sorted({max(size - size_of_each, 0) * i // (windows - 1) for i in range(windows)}):
                 stream.seek(start)
-                digest.update(stream.read(window))
+                digest.update(stream.read(size_of_each))
     return digest.hexdigest()
+
+
+def checkpoint_fingerprint(workdir: str, step: int) -> str:
+    """A digest of all that decides the weights of a run at a step: its checkpoint, its base and its adapters' scale."""
+    folder, config = Path(workdir, "checkpoints", str(step)), read_run_config(workdir)
+    digest = hashlib.sha256(f"{config.mode}, {config.lora.scale}, {_base_fingerprint(workdir)}".encode())
+    if has_checksums(folder):
+        digest.update((folder / CHECKSUMS).read_bytes())
+    else:  # of an earlier version: orbax names the files with its arrays anew each time, and the time is in one
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            digest.update(f"{file.relative_to(folder)}:{file.stat().st_size}".encode())
+        for name in ("_CHECKPOINT_METADATA", "data/metadata"):
+            digest.update((folder / name).read_bytes() if (folder / name).is_file() else b"")
+    return digest.hexdigest()
+
+
+def _base_fingerprint(workdir: str) -> str:
+    return read_json(os.path.join(workdir, "config.json")).get("base_fingerprint", "")
 
 
 def _is_weights(file: Path, folder: Path) -> bool:
@@ -61,7 +80,6 @@ def check_base(workdir: str, config: Config) -> None:
 
     Wherever they lie: a base is known by its weights. config: the run's own, or one that names another place.
     """
-    saved = read_json(os.path.join(workdir, "config.json")).get("base_fingerprint", "")
     if not config.init_from:
         return
     if not Path(config.init_from).is_dir():
@@ -69,7 +87,7 @@ def check_base(workdir: str, config: Config) -> None:
             f"{workdir} was started from {config.init_from}, which is gone: put the base back, or say where it is "
             "now (train.py --config.init_from=DIR, convert_weights.py to-hf --base DIR)"
         )
-    if fingerprint(config.init_from) != saved:
+    if fingerprint(config.init_from) != _base_fingerprint(workdir):
         raise UserError(
             f"the weights in {config.init_from} are not those that {workdir} was started from: restore them, or start "
             "again with a new workdir"

@@ -172,6 +172,33 @@ def test_longqa_counts_and_leaves_out(run, questions, tmp_path, capsys):
     assert "1 rows left out" in capsys.readouterr().out
 
 
+def test_longqa_asks_what_has_changed(run, questions, caplog, capsys):
+    """Catches: answers to a question that the file does not hold any more; questions asked again because one was added;
+    a summary of more rows than were asked for."""
+    asked, flags = [], ("--data", questions, "--max_new_tokens", "8")
+    rows = [json.loads(line) for line in Path(questions).read_text().splitlines()][:2]
+    rows.append({"context": "A hen ran.", "question": "Who hid?", "answer": "nobody"})
+
+    def ask(*more):
+        Path(questions).write_text("\n".join(map(json.dumps, rows)))
+        asked.clear()
+        return run(longqa, lambda text: asked.append(text) or says(text), *flags, *more)
+
+    assert ask()["summary"]["questions"] == len(asked) == 3
+    rows.append({"context": "A cow ran.", "question": "Who flew?", "answer": "nobody"})
+    assert ask()["summary"]["questions"] == 4 and len(asked) == 1
+    one = ask("--limit", "1")
+    assert one["summary"]["questions"] == 1 and one["summary"]["exact_match"] == 1 and not asked
+    assert sum(part["questions"] for part in one["by_length"]) == 1 and len(one["results"]) == 4
+    assert " 1 " in capsys.readouterr().out.splitlines()[-2]
+    rows[0]["context"] = rows[0]["context"].replace("cat", "cow")
+    rows[2]["answer"] = "the hen"
+    del rows[3]
+    written = ask()
+    assert len(asked) == 2 and len(written["results"]) == 3 and written["results"][2]["expected"] == ["the hen"]
+    assert f"3 of 4 results are left out: {questions} has other questions there now" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "says"),
     [

@@ -165,6 +165,16 @@ def test_questions_of_a_depth_stand_in_other_places_of_a_haystack(run, tmp_path)
     assert sorted(turned.split()) == sorted(NATURAL.split()) and re.match(r"On day \d+|Nobody", turned)
 
 
+def test_another_text_under_the_name_of_a_haystack_is_asked_anew(run, tmp_path, caplog):
+    """Catches: results of the text that the file held before."""
+    asked, novel = [], tmp_path / "novel.txt"
+    flags = ("--haystack", str(novel), "--lengths", "300", "--trials", "1", "--depths", "0")
+    for text in (NATURAL, NATURAL, NATURAL.replace("fox", "owl")):
+        novel.write_text(text)
+        run(reads_last(10_000, asked), *flags)
+    assert len(asked) == 2 and "holds results with haystack_digest" in caplog.text
+
+
 def test_untrained_scalings_are_asked_too(run, monkeypatch, caplog):
     """Catches: a scaling that does not reach the model; results of another scaling gone on with, in either order, or
     when it grew with the lengths."""

@@ -23,7 +23,6 @@ def test_an_answer_is_cut_where_its_stop_begins(stops, wanted, tmp_path, monkeyp
 
     opened = Opened(tiny_config(vocab_size=500), {}, folder)
     monkeypatch.setattr(reader, "open_model", lambda path, quantize: opened)
-    monkeypatch.setattr(reader, "weights_of", lambda *_: "")
     monkeypatch.setattr(reader, "load_for_generation", lambda *_: ())
     said = tokenizer.encode_batch(["Jane.<|end|>x"], add_bos=False)[0].tolist()
     seen = {}

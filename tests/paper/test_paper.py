@@ -110,6 +110,29 @@ def test_list_says_the_hours(trained, tmp_path, capsys):
     assert "4.0 hours in all" in shown and len(trained) == 1
 
 
+@pytest.mark.parametrize("flags", [["--list"], ["--show"], []], ids=["list", "show", "go on"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda result: result.pop("pattern_perplexity"), "has no pattern_perplexity (it is damaged"),
+        (lambda result: result.update(seconds="3", seed=None), "has no seed and no seconds (it is damaged"),
+        (lambda result: result.clear(), "has no seed and no steps and no changes and no perplexity"),
+    ],
+    ids=["older", "other types", "empty"],
+)
+def test_a_result_that_lacks_something_is_one_line(trained, tmp_path, capsys, flags, change, said):
+    """Catches: a KeyError of a file that is damaged or of an earlier version, which does not say which file it is."""
+    row = ["--rows", "parts/lora", "--steps", 100, "--workdir", tmp_path]
+    call(capsys, *row)
+    path = next((tmp_path / "results").glob("*.json"))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=re.escape(f"{path} {said}")):
+        call(capsys, *row, *flags)
+    assert len(trained) == 1
+
+
 def test_changes_of_all_rows_make_runs_of_their_own(trained, tmp_path, capsys):
     """Catches: rows of larger batches that are found in the folders of smaller ones, a base without training that is
     scored for each; a table that looks for the numbers of other rows."""

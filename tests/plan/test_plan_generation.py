@@ -70,8 +70,53 @@ def test_the_command(tmp_path, capsys):
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["tokens"], found["chunk"]) == (131_072, 2048) and found["fits"]
     assert capsys.readouterr().out.startswith("prompt      131,072 tokens in chunks of 2,048")
-    with pytest.raises(UserError, match="--chunk is of reading a prompt"):
-        command.main([*flags, "--chunk", "2048"])
+    for wrong, said in {
+        ("--chunk", "2048"): "--chunk is of reading a prompt",
+        ("--generate", "--mfu", "0.5"): "--mfu is of the time of training",
+        ("--generate", "--config.dtype=foo"): "dtype='foo' is unknown: use one of",
+        ("--generate", "--config.seq_len=0"): "seq_len=0 must be 1 or more",
+        ("--generate", "--json", str(tmp_path / "none" / "plan.json")): "cannot be written: give a file",
+        ("--json", str(tmp_path / "none" / "plan.json")): "cannot be written: give a file",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            command.main([*flags, *wrong])
+    assert not capsys.readouterr().out
+
+
+def test_a_prompt_is_planned_in_the_chunks_it_is_read_in(monkeypatch):
+    """Catches: a chunk larger than the prompt, with FLOPs below zero and memory that nobody takes; a last chunk counted
+    as a whole one; a length refused because training could not cut it into groups."""
+    monkeypatch.setattr(gpus, "installed_version", lambda package: "")
+    model = tiny_config()
+    config = presets.longlora(model, init_from="x", seq_len=40)
+    short, plain = (plan_generation(config, "h100:1", chunk=chunk) for chunk in (4096, 64))
+    assert short == plain and short["chunk"] == 64 and short["chunk_flops"] == short["prompt_flops"] > 0
+    several = plan_generation(config, "h100:1", chunk=16)
+    assert several["chunk"] == 16 and several["chunk_flops"] == reading_flops(model, 32, 8)
+    whole = plan_generation(dataclasses.replace(config, seq_len=48), "h100:1", chunk=16)
+    assert whole["chunk_flops"] == reading_flops(model, 32, 16)
+    assert plan_generation(dataclasses.replace(config, seq_len=100_001), "h100:1")["tokens"] == 100_001
+
+
+def test_windows_in_all_layers_end_the_search(monkeypatch):
+    """Catches: a search for ever, as the cache stops growing; a prompt without bounds where one layer sees all."""
+    monkeypatch.setattr(gpus, "installed_version", lambda package: "")
+    model = tiny_config(sliding_window=20_000, layer_types=("sliding_attention",) * 2)
+    config = presets.longlora(model, init_from="x", seq_len=1_000_000)
+    found = plan_generation(config, "h100:1", longest=True)
+    assert (found["tokens"], found["fits"], found["cache_grows"]) == (1_000_000, True, False)
+    assert table(found).endswith("memory does not bound the prompt")
+    least = plan_generation(dataclasses.replace(config, seq_len=64), "h100:1", longest=True)
+    assert least["tokens"] == 4 * STEP and least["cache_bytes_per_device"] == found["cache_bytes_per_device"]
+    mixed = dataclasses.replace(model, layer_types=("sliding_attention", "full_attention"))
+    bound = plan_generation(dataclasses.replace(config, model=mixed), "l4:1", longest=True)
+    assert bound["cache_grows"] and bound["tokens"] > 1_000_000 and "does not bound" not in table(bound)
+    large = tiny_config(
+        sliding_window=2**24, layer_types=("sliding_attention",) * 2, num_attention_heads=32,
+        num_key_value_heads=32, head_dim=128,
+    )  # fmt: skip
+    with_limit = plan_generation(dataclasses.replace(config, model=large), "l4:1", longest=True)
+    assert with_limit["tokens"] < 2**24 and with_limit["fits"]
 
 
 def test_a_chunk_on_a_tpu_runs_splash_and_a_token_does_not():
