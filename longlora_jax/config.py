@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import operator
-import types
-import typing
 from dataclasses import dataclass, field
 
 from longlora_jax.attention.patterns import GROUPED, PATTERNS
@@ -329,24 +327,3 @@ def _group_faults(attention: AttentionConfig, seq_len: int) -> list[str]:
             f"(LongLoRA uses seq_len // 4) or change seq_len to {seq_len // group * group}"
         )
     return faults
-
-
-def from_dict(kind, values: dict):
-    """The inverse of dataclasses.asdict: a config of dataclass `kind` out of nested dicts (as JSON gives them)."""
-    hints = typing.get_type_hints(kind)
-    if not isinstance(values, dict):
-        raise UserError(f"{kind.__name__} is {str(values)[:50]!r} here: it is an object of fields")
-    if unknown := set(values) - set(hints):
-        raise UserError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
-
-    def restore(hint, value):
-        if isinstance(hint, types.UnionType):
-            hint = next(h for h in typing.get_args(hint) if h is not type(None))
-        if dataclasses.is_dataclass(hint) and value is not None:
-            return from_dict(hint, value)
-        if not isinstance(value, list):
-            return value
-        inner = next(iter(typing.get_args(hint)), None)
-        return tuple(from_dict(inner, item) if dataclasses.is_dataclass(inner) else item for item in value)
-
-    return kind(**{name: restore(hints[name], value) for name, value in values.items()})

@@ -1,6 +1,8 @@
-"""The config file of a run, read as train.py reads it: for commands that are not train.py."""
+"""The config of a run, as train.py reads it from a file, and as it has written it into a workdir."""
 
 import contextlib
+import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +11,8 @@ from ml_collections import config_flags
 
 from longlora_jax.config import Config
 from longlora_jax.errors import UserError
+from longlora_jax.fields import from_dict
+from longlora_jax.files import read_json
 
 
 @contextlib.contextmanager
@@ -43,3 +47,22 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {path} gives a {type(config).__name__}: return a Config")
     return config
+
+
+def read_run_config(workdir: str) -> Config:
+    """The resolved config of a workdir."""
+    values = read_json(os.path.join(workdir, "config.json"))
+    values.pop("base_fingerprint", None)
+    return from_dict(Config, values)
+
+
+def with_base_of(config: Config, workdir: str) -> Config:
+    """The config with the base model and the tokenizer of a workdir, where it does not say them itself."""
+    earlier = read_run_config(workdir)
+    tokenizer = config.data.tokenizer or config.init_from or earlier.data.tokenizer
+    return dataclasses.replace(
+        config,
+        init_from=config.init_from or earlier.init_from,
+        model=config.model or (None if earlier.init_from else earlier.model),
+        data=dataclasses.replace(config.data, tokenizer=tokenizer),
+    )

@@ -1,10 +1,12 @@
-"""The fields of dataclasses, held against the types that they declare."""
+"""The fields of dataclasses by the types that they declare: values held against them, and read back from JSON."""
 
 import dataclasses
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any
+
+from longlora_jax.errors import UserError
 
 
 def type_faults(value: Any, before: str = "") -> Iterator[str]:
@@ -36,3 +38,24 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):  # True is an int for Python alone
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def from_dict(kind, values: dict):
+    """The inverse of dataclasses.asdict: a config of dataclass `kind` out of nested dicts (as JSON gives them)."""
+    hints = typing.get_type_hints(kind)
+    if not isinstance(values, dict):
+        raise UserError(f"{kind.__name__} is {str(values)[:50]!r} here: it is an object of fields")
+    if unknown := set(values) - set(hints):
+        raise UserError(f"{kind.__name__} has no field {', '.join(sorted(unknown))}")
+
+    def restore(hint, value):
+        if isinstance(hint, types.UnionType):
+            hint = next(h for h in typing.get_args(hint) if h is not type(None))
+        if dataclasses.is_dataclass(hint) and value is not None:
+            return from_dict(hint, value)
+        if not isinstance(value, list):
+            return value
+        inner = next(iter(typing.get_args(hint)), None)
+        return tuple(from_dict(inner, item) if dataclasses.is_dataclass(inner) else item for item in value)
+
+    return kind(**{name: restore(hints[name], value) for name, value in values.items()})

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from longlora_jax.config import DataConfig, from_dict
+from longlora_jax.config import DataConfig
 from longlora_jax.data.chat_template import (
     FIXED_DAY,
     ChatTemplate,
@@ -27,6 +27,7 @@ from longlora_jax.data.chat_template import (
 )
 from longlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 from longlora_jax.errors import UserError
+from longlora_jax.fields import from_dict
 from longlora_jax.files import read_json, write_json, write_text
 
 RUN_FILE = "chat_format.json"  # in a workdir

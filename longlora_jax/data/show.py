@@ -14,7 +14,7 @@ import numpy as np
 
 from longlora_jax import errors
 from longlora_jax.config import Config, DataConfig, data_parts, validate, with_held_out_eval
-from longlora_jax.config_file import read_config
+from longlora_jax.config_file import read_config, with_base_of
 from longlora_jax.data.documents import Documents, open_documents
 from longlora_jax.data.new_tokens import load_with_tokens
 from longlora_jax.data.tokenizer import Tokenizer
@@ -85,6 +85,8 @@ def _local(folder: str) -> str:
 
 def show(config: Config, part: str = "data", first: int = 0, count: int = 3, limit: int = 0) -> Iterator[str]:
     """The lines of so many examples of a config's data, as its run trains on them. Raises UserError."""
+    if config.continue_from:
+        config = with_base_of(config, config.continue_from)
     config = with_held_out_eval(config)
     validate(config)
     data, held_out = _part(config, part)

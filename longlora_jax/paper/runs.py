@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from longlora_jax.attention.patterns import FULL
+from longlora_jax.config_file import read_run_config
 from longlora_jax.data import HELD_OUT, load_tokenizer, read_documents
 from longlora_jax.errors import UserError
 from longlora_jax.evals.perplexity import evaluate, on_device, stretch_rope
@@ -23,7 +24,6 @@ from longlora_jax.files import read_json, write_json
 from longlora_jax.paper.tables import Run
 from longlora_jax.training.run import build_model
 from longlora_jax.weights.load import OpenModel, open_model
-from longlora_jax.weights.workdir import read_run_config
 
 CONFIG = "configs/paper.py"
 BASE = "models/tiny-python-llama"

@@ -9,9 +9,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from longlora_jax.config import Config, LoraConfig, ModelConfig, from_dict
+from longlora_jax.config import Config, LoraConfig, ModelConfig
 from longlora_jax.errors import UserError
-from longlora_jax.fields import type_faults
+from longlora_jax.fields import from_dict, type_faults
 from longlora_jax.files import load_json, one_line, read_json
 from longlora_jax.model.trainable import TRAINED_GROUPS, group_of
 from longlora_jax.weights.rules import weight_rules

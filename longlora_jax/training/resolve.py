@@ -7,12 +7,13 @@ from typing import Any
 
 from longlora_jax.attention.rope import extend_rope
 from longlora_jax.config import Config, DataConfig, ModelConfig, validate, with_held_out_eval
+from longlora_jax.config_file import read_run_config, with_base_of
 from longlora_jax.data.new_tokens import add_tokens, load_with_tokens
 from longlora_jax.errors import UserError
 from longlora_jax.weights import hf, hub
 from longlora_jax.weights.base import kept_as
 from longlora_jax.weights.families import family_of
-from longlora_jax.weights.workdir import check_base, checkpoint_steps, is_workdir, read_run_config
+from longlora_jax.weights.workdir import check_base, checkpoint_steps, is_workdir
 
 log = logging.getLogger("longlora_jax")
 
@@ -138,15 +139,7 @@ def _with_base_of_earlier_run(config: Config, workdir: str) -> Config:
             f"continue_from={workdir} is not the workdir of a run: give one, or set init_from to begin with a model's "
             "folder"
         )
-    earlier = read_run_config(workdir)
-    tokenizer = config.data.tokenizer or (config.init_from or earlier.data.tokenizer)
-    return dataclasses.replace(
-        config,
-        continue_from=str(Path(config.continue_from).absolute()),
-        init_from=config.init_from or earlier.init_from,
-        model=config.model or (None if earlier.init_from else earlier.model),
-        data=dataclasses.replace(config.data, tokenizer=tokenizer),
-    )
+    return dataclasses.replace(with_base_of(config, workdir), continue_from=str(Path(config.continue_from).absolute()))
 
 
 def _check_earlier_run(config: Config) -> None:

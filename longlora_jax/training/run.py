@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.config import Config, DataConfig, name_of
+from longlora_jax.config_file import read_run_config
 from longlora_jax.data import (
     Batches,
     Windows,
@@ -30,7 +31,6 @@ from longlora_jax.training import optim
 from longlora_jax.training.step import TrainState
 from longlora_jax.weights import load
 from longlora_jax.weights.rules import with_rows
-from longlora_jax.weights.workdir import read_run_config
 
 log = logging.getLogger("longlora_jax")
 

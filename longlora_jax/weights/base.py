@@ -3,11 +3,12 @@
 import logging
 
 from longlora_jax.config import Config
+from longlora_jax.config_file import read_run_config
 from longlora_jax.errors import UserError
 from longlora_jax.weights import bnb
 from longlora_jax.weights.hf_config import is_quantized
 from longlora_jax.weights.load import open_model
-from longlora_jax.weights.workdir import read_run_config, split_step
+from longlora_jax.weights.workdir import split_step
 
 log = logging.getLogger(__name__)
 

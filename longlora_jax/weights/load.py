@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from jax.errors import JaxRuntimeError
 
 from longlora_jax.config import Config, LoraConfig, ModelConfig
+from longlora_jax.config_file import read_run_config
 from longlora_jax.data.chat import ChatFormat, folder_format
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line
@@ -39,7 +40,7 @@ from longlora_jax.weights.rules import (
     with_rows,
 )
 from longlora_jax.weights.tensors import DTYPES, Tensor
-from longlora_jax.weights.workdir import check_base, is_workdir, read_run_config, split_step, workdir_format
+from longlora_jax.weights.workdir import check_base, is_workdir, split_step, workdir_format
 
 _FOLDERS = "a Hugging Face folder, a converted checkpoint or a workdir"
 

@@ -9,7 +9,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from longlora_jax.config import Config, from_dict
+from longlora_jax.config import Config
+from longlora_jax.config_file import read_run_config
 from longlora_jax.data.chat import ChatFormat, run_format, save_format, saved_format
 from longlora_jax.errors import UserError
 from longlora_jax.files import read_json, write_json
@@ -57,13 +58,6 @@ def _base_fingerprint(workdir: str) -> str:
 
 def _is_weights(file: Path, folder: Path) -> bool:
     return file.is_file() and (file.suffix in (".safetensors", ".bin") or "params" in file.relative_to(folder).parts)
-
-
-def read_run_config(workdir: str) -> Config:
-    """The resolved config of a workdir."""
-    values = read_json(os.path.join(workdir, "config.json"))
-    values.pop("base_fingerprint", None)
-    return from_dict(Config, values)
 
 
 def write_run_config(workdir: str, config: Config) -> None:

@@ -7,10 +7,12 @@ import pytest
 from chats import CHATML, template_folder
 
 from longlora_jax.config import Config, DataConfig, EvalConfig, validate, with_held_out_eval
+from longlora_jax.config_file import read_config
 from longlora_jax.data import load_tokenizer, open_documents, show
 from longlora_jax.data.formats import Reading
 from longlora_jax.data.source import Corpus, Share, read_rows
 from longlora_jax.errors import UserError
+from longlora_jax.files import write_json
 from longlora_jax.training import run
 
 ROWS = [{"text": f"row {n}", "n": n} for n in range(400)]
@@ -204,6 +206,21 @@ def test_examples_are_shown_as_they_are_trained_on(tmp_path, capsys):
     ]
     show.main([*flags, "--config.new_tokens=('Jane',)"])
     assert capsys.readouterr().out.splitlines()[0] == "example    0: 25 tokens, 4 of them scored: ⟦so⟧"
+    (tmp_path / "work").mkdir()
+    earlier = read_config(str(tmp_path / "run.py"))
+    earlier.data.tokenizer = folder
+    write_json(str(tmp_path / "work" / "config.json"), dataclasses.asdict(earlier) | {"base_fingerprint": "x"})
+    show.main(
+        [
+            *flags,
+            "--config.init_from=",
+            "--config.data.tokenizer=",
+            f"--config.continue_from={tmp_path / 'work'}",
+            "--count",
+            "1",
+        ]
+    )
+    assert capsys.readouterr().out.splitlines()[0] == "example    0: 26 tokens, 5 of them scored: ⟦so⟧"
     show.main([*flags, "--limit", "20"])
     assert "characters ..." in capsys.readouterr().out
     for wrong, fault in (

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from longlora_jax.config import validate
+from longlora_jax.config_file import read_run_config
 from longlora_jax.errors import UserError
 from longlora_jax.paper import __main__ as command
 from longlora_jax.paper import results, runs, tables
-from longlora_jax.weights.workdir import read_run_config
 
 ALL = [row.run(100) for table in tables.TABLES for row in table.rows]
 

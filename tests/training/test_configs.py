@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from longlora_jax.config import Config, from_dict, validate
+from longlora_jax.config import Config, validate
 from longlora_jax.config_file import read_config
 from longlora_jax.errors import UserError
+from longlora_jax.fields import from_dict
 from longlora_jax.model.decoder import abstract_params
 from longlora_jax.model.trainable import count
 from longlora_jax.training import run

@@ -8,13 +8,13 @@ from runs import FakeStep, longlora, read_metrics
 
 import convert_weights
 from longlora_jax.config import DataConfig, EvalConfig, MeshConfig
+from longlora_jax.config_file import read_run_config
 from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
 from longlora_jax.training import run
 from longlora_jax.training.resolve import resolve
 from longlora_jax.weights.hf import load_hf
 from longlora_jax.weights.load import load_model
-from longlora_jax.weights.workdir import read_run_config
 
 TOKENS = ("<tool>", "<|call|>")
 

@@ -15,13 +15,13 @@ import pytest
 from runs import FakeEvaluation, longlora, read_metrics, train_here, write_config
 
 from longlora_jax.config import DataConfig, EvalConfig, MeshConfig, OptimConfig
-from longlora_jax.config_file import read_config
+from longlora_jax.config_file import read_config, read_run_config
 from longlora_jax.errors import UserError
 from longlora_jax.resilience.lock import LOCK, WorkdirLock
 from longlora_jax.training import optim, run
 from longlora_jax.training.resolve import resolve
 from longlora_jax.weights.load import load_model
-from longlora_jax.weights.workdir import at_step, read_run_config
+from longlora_jax.weights.workdir import at_step
 
 
 def plain(home, **changes):

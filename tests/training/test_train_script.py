@@ -15,10 +15,10 @@ from tiny import tiny_config
 
 from longlora_jax.attention.patterns import FULL, Pattern
 from longlora_jax.config import AttentionConfig, DataConfig, EvalConfig, MeshConfig
+from longlora_jax.config_file import read_run_config
 from longlora_jax.training.resolve import resolve
 from longlora_jax.weights.hf import load_hf
 from longlora_jax.weights.load import load_model
-from longlora_jax.weights.workdir import read_run_config
 
 ROOT = Path(__file__).parents[2]
 

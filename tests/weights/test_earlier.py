@@ -15,11 +15,11 @@ import pytest
 from runs import read_metrics
 
 from longlora_jax.config import Config, MeshConfig
+from longlora_jax.config_file import read_run_config
 from longlora_jax.model.decoder import Llama
 from longlora_jax.training.resolve import resolve
 from longlora_jax.weights.load import load_model
 from longlora_jax.weights.peft import load_peft
-from longlora_jax.weights.workdir import read_run_config
 
 THERE = "/tmp/earlier"  # where they lay when they were written
 

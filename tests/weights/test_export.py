@@ -11,11 +11,11 @@ from runs import train_here
 
 import convert_weights
 from longlora_jax.attention.rope import RopeScaling
-from longlora_jax.config import from_dict
 from longlora_jax.config_file import read_config
 from longlora_jax.data import HELD_OUT, load_tokenizer, read_documents
 from longlora_jax.errors import UserError
 from longlora_jax.evals import perplexity
+from longlora_jax.fields import from_dict
 from longlora_jax.weights import hf
 from longlora_jax.weights.load import load_model, open_model
 from longlora_jax.weights.rules import build_params
