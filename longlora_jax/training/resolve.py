@@ -12,6 +12,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.weights import hf, hub
 from longlora_jax.weights.base import kept_as
 from longlora_jax.weights.families import family_of
+from longlora_jax.weights.hf_rope import check_longrope_only
 from longlora_jax.weights.workdir import check_base, is_workdir, read_run_config
 
 log = logging.getLogger("longlora_jax")
@@ -189,4 +190,6 @@ def extend_model(model: ModelConfig, config: Config) -> ModelConfig:
         factor=config.rope.factor or None,
         unscaled=family_of(model).rope_type,
     )
+    if family_of(model).longrope_only:
+        check_longrope_only(scaling)
     return dataclasses.replace(model, rope_scaling=scaling, max_position_embeddings=window)

@@ -275,9 +275,10 @@ def rope_faults(config: ModelConfig) -> list[str]:
 
 def given_rope_faults(raw: Mapping[str, Any]) -> list[str]:
     """What rope_from_hf trusts."""
-    faults, ntk = [], raw.get("longlora_ntk")
+    faults = []
+    ours = {name: raw[name] for name in ("longlora_ntk", "longlora_rope") if raw.get(name) is not None}
     top = {key: raw.get(key) for key in ("rope_theta", "original_max_position_embeddings")}
-    for table in (top, raw.get("rope_scaling") or raw.get("rope_parameters") or {}, {} if ntk is None else ntk):
+    for table in (top, raw.get("rope_scaling") or raw.get("rope_parameters") or {}, *ours.values()):
         if not isinstance(table, dict):
             faults.append(f"rope {shown(table)} must be one flat object with a rope_type")
             continue
@@ -288,6 +289,7 @@ def given_rope_faults(raw: Mapping[str, Any]) -> list[str]:
         faults += _field_faults(given, {key: _ROPE_FIELDS[key] for key in given if key in _ROPE_FIELDS})
     needed = {"rope_type", "factor", "original_max_position_embeddings", "rope_theta"}
     known = {*RopeScaling.__annotations__, "rope_theta"}
-    if not faults and ntk is not None and not needed <= {k for k in ntk if ntk[k] is not None} <= known:
-        faults.append(f"longlora_ntk is {shown(ntk)}, it must have {', '.join(sorted(needed))}: delete it")
+    for name, table in [] if faults else ours.items():
+        if not needed <= {key for key in table if table[key] is not None} <= known:
+            faults.append(f"{name} is {shown(table)}, it must have {', '.join(sorted(needed))}: delete it")
     return faults

@@ -58,8 +58,9 @@ class Family:
     where config.json leaves it out. always: fields of ModelConfig that all of its models have. same: keys that are
     fields of ModelConfig under their own name. reads(raw) gives further fields of ModelConfig, writes(config)
     further keys of config.json. known: keys that these two take care of. rope_type: what rope.type=auto makes of a
-    model that was never scaled. renames: parts of names in its files, {ours: theirs}; fused: what they store in one;
-    each_head: {ours: theirs} of a norm that they store head by head, as "{theirs}.norms.{head}".
+    model that was never scaled. longrope_only: transformers computes no other scaling of it. renames: parts of names in
+    its files, {ours: theirs}; fused: what they store in one; each_head: {ours: theirs} of a norm that they store head
+    by head, as "{theirs}.norms.{head}".
     """
 
     architecture: str
@@ -70,6 +71,7 @@ class Family:
     writes: Callable[[ModelConfig], Raw] = _writes_nothing
     known: tuple[str, ...] = ()
     rope_type: str = "linear"
+    longrope_only: bool = False
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: tuple[Fused, ...] = ()
     each_head: Mapping[str, str] = field(default_factory=dict)
@@ -140,6 +142,7 @@ FAMILIES: dict[str, Family] = {
         reads=reads_phi3,
         writes=writes_phi3,
         known=("sliding_window", "partial_rotary_factor"),
+        longrope_only=True,
         fused=(
             Fused("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
             Fused("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),

@@ -84,6 +84,12 @@ def one_form(raw: Mapping[str, Any]) -> dict[str, Any]:
     for name, ours in SYNONYMS.items():
         if raw.get(name) is not None:
             raw[ours] = raw[name]
+    family = FAMILIES.get(str(raw.get("model_type")))
+    for form in ("rope_scaling", "rope_parameters") if family and family.longrope_only else ():
+        given = raw.get(form)
+        if isinstance(given, dict) and "long_factor" in given:  # older files name it otherwise
+            kind = given.get("rope_type", given.get("type"))
+            raw[form] = given | {"rope_type": "longrope" if kind in ("su", "yarn") else kind}
     rope = raw.get("rope_parameters")
     has_kinds = raw.get("model_type") == "gemma3_text"
     if has_kinds and isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
@@ -125,7 +131,13 @@ def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The content of a config.json that transformers 4 and 5 both read, as the family has it; dtype as "bfloat16"."""
     family = family_of(config)
     same = SIZES + SWITCHES + NUMBERS + TOKEN_IDS + family.same
-    rope = rope_to_hf(config.rope_theta, config.rope_scaling, config.rotary_dim, config.max_position_embeddings)
+    rope = rope_to_hf(
+        config.rope_theta,
+        config.rope_scaling,
+        config.rotary_dim,
+        config.max_position_embeddings,
+        longrope_only=family.longrope_only,
+    )
     if config.partial_rotary_factor != 1:
         rope["rope_parameters"] |= {"partial_rotary_factor": config.partial_rotary_factor}
         rope["partial_rotary_factor"] = config.partial_rotary_factor

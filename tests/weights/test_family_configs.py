@@ -1,0 +1,117 @@
+"""What config.json of a family may say in more than one way, and what we write there: transformers makes the same."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from families import config_json, make_folder
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longlora_jax.attention.rope import extend_rope
+from longlora_jax.config import Config, RopeConfig
+from longlora_jax.errors import UserError
+from longlora_jax.model.decoder import Llama
+from longlora_jax.training.resolve import extend_model
+from longlora_jax.weights.hf import load_hf, save_hf
+from longlora_jax.weights.hf_config import load_config
+
+TOKENS = np.random.default_rng(0).integers(3, 61, (1, 120))  # beyond the window of the tiny models, 64
+
+
+def their_logits(folder, **options) -> np.ndarray:
+    options = {"attn_implementation": "eager", "dtype": torch.float32, **options}
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, **options)(torch.tensor(TOKENS)).logits.numpy()
+
+
+def our_logits(config, params) -> np.ndarray:
+    return np.asarray(jax.jit(Llama(config).apply)({"params": params}, jnp.asarray(TOKENS, jnp.int32)))
+
+
+def extended(config, kind):
+    """The model made fit for twice its window, as a run extends it."""
+    scaling = extend_rope(scaling=None, max_position_embeddings=64, seq_len=128, rope_type=kind)
+    return dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=128)
+
+
+@pytest.fixture(scope="module")
+def phi(tmp_path_factory):
+    """A tiny Phi-4-mini, whose heads are rotated in part, and a Phi-3: {name: folder}."""
+    home = tmp_path_factory.mktemp("phi")
+    return {name: make_folder(home / name, name, initializer_range=0.2) for name in ("phi4-mini", "phi3")}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("phi4-mini", "yarn"), ("phi4-mini", "linear"), ("phi3", "llama3"), ("phi3", "yarn"), ("phi3", "ntk")],
+)
+def test_an_extended_phi_is_exported_as_transformers_computes_it(name, kind, phi, tmp_path):
+    """Catches: a scaling that Phi3Config does not know (it knows longrope alone), a factor on cos and sin that it
+    makes of the windows by itself, a kind that our own reader does not find again."""
+    config, params = load_hf(str(phi[name]))
+    config = extended(config, kind)
+    save_hf(str(tmp_path / "out"), config, params)
+    assert load_config(str(tmp_path / "out")) == config
+    ours = our_logits(config, params)
+    np.testing.assert_allclose(their_logits(tmp_path / "out"), ours, rtol=0, atol=1e-4)
+    assert np.abs(their_logits(phi[name]) - ours).max() > 0.1  # the scaling changes what it computes
+    # As the card of an adapter loads it; and as transformers writes it again.
+    theirs = AutoConfig.from_pretrained(tmp_path / "out")
+    np.testing.assert_allclose(their_logits(phi[name], config=theirs), ours, rtol=0, atol=1e-4)
+    theirs.save_pretrained(tmp_path / "again")
+    assert load_config(str(tmp_path / "again")) == config
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "longrope"])
+def test_a_phi_has_the_three_keys_that_transformers_4_wants(kind, phi, tmp_path):
+    """Catches: a rope_scaling of more keys, which every Phi3Config of transformers 4 refuses."""
+    if kind == "longrope":
+        folder = make_folder(tmp_path / "long", "phi3 128k")
+        config, params = load_hf(str(folder))
+    else:
+        config, params = load_hf(str(phi["phi3"]))
+        config = extended(config, kind)
+    save_hf(str(tmp_path / "out"), config, params)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]
+    assert set(written) == {"type", "short_factor", "long_factor"} and written["type"] == "longrope"
+    assert load_config(str(tmp_path / "out")) == config
+
+
+def test_an_older_name_of_longrope_is_longrope(tmp_path):
+    """Catches: the first Phi-3's files, which call their longrope su or yarn, computed as a plain yarn."""
+    scaling = {"type": "yarn", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2.0, 3.0, 4.0]}
+    folder = make_folder(tmp_path / "m", "phi3 128k", rope_scaling=scaling, initializer_range=0.2)
+    config, params = load_hf(str(folder))
+    assert config.rope_scaling is not None and config.rope_scaling.rope_type == "longrope"
+    np.testing.assert_allclose(our_logits(config, params), their_logits(folder), rtol=0, atol=1e-4)
+    # transformers 4 reads su so, 5 no longer.
+    content = config_json("phi3 128k", rope_scaling=scaling | {"type": "su"}, initializer_range=0.2)
+    (folder / "config.json").write_text(json.dumps(content))
+    assert load_config(str(folder)) == config
+
+
+def test_a_kept_kind_that_does_not_fit_its_longrope_is_refused(phi, tmp_path):
+    """Catches: a config.json whose longrope was edited by hand, read as the kind that it was made of."""
+    config, params = load_hf(str(phi["phi3"]))
+    save_hf(str(tmp_path / "out"), extended(config, "linear"), params)
+    path = tmp_path / "out" / "config.json"
+    content = json.loads(path.read_text())
+    content["rope_scaling"]["long_factor"] = [3.0] * 4
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="longlora_rope=.* delete it"):
+        load_config(str(path.parent))
+
+
+def test_a_phi_cannot_be_trained_with_dynamic(phi, tmp_path):
+    """Catches: a run of days whose export no program can load."""
+    model, params = load_hf(str(phi["phi3"]))
+    config = Config(seq_len=128, steps=1, rope=RopeConfig(type="dynamic"))
+    with pytest.raises(UserError, match="set rope.type .* to linear, yarn, llama3 or ntk"):
+        extend_model(model, config)
+    with pytest.raises(UserError, match="dynamic"):
+        save_hf(str(tmp_path / "out"), extended(model, "dynamic"), params)
+    assert extend_model(model, dataclasses.replace(config, rope=RopeConfig(type="auto"))).rope_scaling.factor == 2
