@@ -164,8 +164,9 @@ def _kind_faults(raw: Mapping[str, Any], kind: str) -> list[str]:
         isinstance(rotated, list) and len(rotated) == layers and {0, 1}.issuperset(rotated)
     ):
         faults.append(f"no_rope_layers is {shown(rotated)}, it must be 0 or 1 of each layer")
-    if kind in ("gemma2", "gemma3_text") and not is_size(raw.get("sliding_window")):
-        faults.append(f"sliding_window is {shown(raw.get('sliding_window'))}, it must be {_WANTED[is_size]}")
+    if kind in ("gemma2", "gemma3_text"):
+        needed = [key for key in ("sliding_window", "query_pre_attn_scalar") if raw.get(key) is None]
+        faults += _field_faults(raw, {key: _KIND_FIELDS[key] for key in needed})
     if kinds and "sliding_attention" in kinds and not is_size(raw.get("sliding_window")):
         faults.append(f"layer_types has sliding_attention, but sliding_window is {shown(raw.get('sliding_window'))}")
     if raw.get("use_bidirectional_attention"):
@@ -271,6 +272,24 @@ def rope_faults(config: ModelConfig) -> list[str]:
                 f"{name} has {len(numbers)} numbers, half of the {config.rotary_dim} that are rotated is needed"
             )
     return faults
+
+
+def nested_rope_faults(raw: Mapping[str, Any], kind: str) -> list[str]:
+    """What is wrong with the rope that a Gemma 3 has for each kind of layer; [] for the other families."""
+    rope = raw.get("rope_parameters")
+    if kind != "gemma3_text" or not isinstance(rope, dict) or not rope:
+        return []
+    layers = {name: rope.get(name) for name in ("full_attention", "sliding_attention")}
+    if all(table is None for table in layers.values()) or not all(isinstance(t, dict | None) for t in layers.values()):
+        return [f"rope_parameters is {shown(rope)}: a {kind} needs an object each for {' and '.join(layers)}"]
+    local = layers["sliding_attention"] or {}
+    scaled = local.get("rope_type", local.get("type", "default"))
+    if scaled != "default":
+        return [
+            f"rope_parameters.sliding_attention has rope_type {shown(scaled)}: only layers of full attention are "
+            "scaled here, so default is needed there"
+        ]
+    return []
 
 
 def given_rope_faults(raw: Mapping[str, Any]) -> list[str]:

@@ -88,6 +88,11 @@ def reads_gemma(raw: Raw) -> Raw:
     return {"embedding_multiplier": math.sqrt(raw["hidden_size"])}
 
 
+def reads_gemma1(raw: Raw) -> Raw:
+    """The scale of the embedding; by "gelu" the first files mean the approximation, which their model computes."""
+    return reads_gemma(raw) | ({"hidden_act": "gelu_pytorch_tanh"} if raw["hidden_act"] == "gelu" else {})
+
+
 def reads_gemma2(raw: Raw) -> Raw:
     """Every second layer in a window, and the scale of the scores."""
     layers, every = raw["num_hidden_layers"], 2

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import config_json, make_folder
+from families import MODELS, config_json, make_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longlora_jax.attention.rope import extend_rope
@@ -115,3 +115,78 @@ def test_a_phi_cannot_be_trained_with_dynamic(phi, tmp_path):
     with pytest.raises(UserError, match="dynamic"):
         save_hf(str(tmp_path / "out"), extended(model, "dynamic"), params)
     assert extend_model(model, dataclasses.replace(config, rope=RopeConfig(type="auto"))).rope_scaling.factor == 2
+
+
+# What may stand in a config.json beside or instead of what a family's own files have, and the model that it is of.
+SAID = {
+    "gemma: gelu": ("gemma", {"hidden_act": "gelu", "hidden_activation": None}),
+    "gemma: its activation's other name": ("gemma", {"hidden_activation": "silu"}),
+    "gemma2: an activation's other name": ("gemma2", {"hidden_act": "silu"}),
+    "gemma2: gelu is exact": ("gemma2", {"hidden_activation": "gelu"}),
+    "gemma3: gelu is exact": ("gemma3", {"hidden_activation": "gelu", "hidden_act": "silu"}),
+    "llama: keys of other families": ("llama", {"layer_norm_eps": 0.5, "rotary_emb_base": 100.0, "rotary_pct": 0.5}),
+    "stablelm: keys of other families": ("stablelm", {"rms_norm_eps": 0.5, "rotary_pct": 1.0}),
+    "gpt_neox: keys of other families": (
+        "gpt_neox",
+        {"rms_norm_eps": 0.5, "rope_theta": 100.0, "partial_rotary_factor": 1.0},
+    ),
+    "gemma3: both forms of a rope": (
+        "gemma3",
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+            },
+        },
+    ),
+    "gemma3: a rope of one kind of layer": (
+        "gemma3",
+        {"rope_parameters": {"sliding_attention": {"rope_type": "default"}, "full_attention": None}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_every_key_counts_as_in_transformers(name, tmp_path, monkeypatch):
+    """Catches: a key that is left over from another family in place of the family's own, the first Gemma's gelu
+    computed as it is called, one of two forms of a rope read alone."""
+    kind, changes = SAID[name]
+    monkeypatch.setitem(MODELS, "llama", {"model_type": "llama"})
+    monkeypatch.setitem(MODELS, "gemma2", {"model_type": "gemma2", "sliding_window": 9})
+    folder = make_folder(tmp_path / "m", kind, initializer_range=0.2, **changes)
+    config, params = load_hf(str(folder))
+    np.testing.assert_allclose(our_logits(config, params), their_logits(folder), rtol=0, atol=1e-4)
+
+
+REFUSED = {
+    "a window's layers scaled": (
+        {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        },
+        "sliding_attention has rope_type 'linear'.*default is needed",
+    ),
+    "one rope for all": ({"rope_type": "default", "rope_theta": 1e6}, "an object each for full_attention and sliding"),
+    "no object": ({"full_attention": 5}, "an object each for full_attention and sliding_attention"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_rope_of_gemma3_that_is_not_read_is_refused(name, tmp_path):
+    """Catches: a scaling of the layers with a window that is dropped in silence."""
+    rope, said = REFUSED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config_json("gemma3", rope_parameters=rope)))
+    with pytest.raises(UserError, match=said):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["query_pre_attn_scalar", "sliding_window", "rope_local_base_freq"])
+def test_a_key_of_gemma3_without_a_value(key, tmp_path):
+    """Catches: a null that ends in an error of Python's."""
+    (tmp_path / "config.json").write_text(json.dumps(config_json("gemma3", **{key: None})))
+    if key == "rope_local_base_freq":
+        assert load_config(str(tmp_path)).rope_local_base_freq == 10_000.0
+        return
+    with pytest.raises(UserError, match=f"{key} is None, it must be"):
+        load_config(str(tmp_path))
