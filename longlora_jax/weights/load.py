@@ -113,6 +113,8 @@ def open_model(
     when they are read from the dtype that they have on disk.
     """
     path, step = split_step(hub.local_folder(path, what=_FOLDERS))
+    if base and not is_workdir(path):
+        raise UserError(f"--base {base} is of a run, and {path} is no workdir of train.py: leave it out")
     if is_workdir(path):
         config, table, tokenizer_dir = _open_workdir(path, step, dtype, check, base)
     elif (Path(path) / "params").is_dir():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -190,3 +191,14 @@ def test_a_key_of_gemma3_without_a_value(key, tmp_path):
         return
     with pytest.raises(UserError, match=f"{key} is None, it must be"):
         load_config(str(tmp_path))
+
+
+def test_a_window_that_cuts_nothing_off_is_full_attention_and_said(caplog, tmp_path):
+    """Catches: a Phi-3 128k to whose layers no groups apply, and a window that is left out in silence."""
+    (tmp_path / "config.json").write_text(json.dumps(config_json("mistral window", sliding_window=64)))
+    with caplog.at_level(logging.INFO):
+        config = load_config(str(tmp_path))
+    assert config.sliding_window is None and not any(config.windows)
+    assert "sliding_window=64 cuts nothing off in 64 tokens" in caplog.text
+    (tmp_path / "config.json").write_text(json.dumps(config_json("mistral window", sliding_window=63)))
+    assert load_config(str(tmp_path)).sliding_window == 63
