@@ -40,6 +40,7 @@ def to_peft(args: argparse.Namespace) -> None:
 
     run, trained = load.open_adapters(at_step(args.workdir, args.step))
     chat = workdir_format(args.workdir)
+    trained, base_rows = load.with_new_rows(args.workdir, run, trained, args.base)
     if not args.base and converted.is_converted(run.init_from):
         raise errors.UserError(
             f"{args.workdir} started from the converted checkpoint {run.init_from}, which PEFT cannot load: name the "
@@ -59,6 +60,7 @@ def to_peft(args: argparse.Namespace) -> None:
         chat=chat,
         adapters_only=args.adapters_only,
         quantization=run.base_quantization,
+        base_rows=base_rows,
     )
 
 

@@ -13,6 +13,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.weights import hf, hub
 from longlora_jax.weights.base import kept_as
 from longlora_jax.weights.families import family_of
+from longlora_jax.weights.hf_rope import check_longrope_only
 from longlora_jax.weights.workdir import check_base, checkpoint_steps, is_workdir
 
 log = logging.getLogger("longlora_jax")
@@ -196,4 +197,6 @@ def extend_model(model: ModelConfig, config: Config) -> ModelConfig:
         factor=config.rope.factor or None,
         unscaled=family_of(model).rope_type,
     )
+    if family_of(model).longrope_only:
+        check_longrope_only(scaling)
     return dataclasses.replace(model, rope_scaling=scaling, max_position_embeddings=window)

@@ -164,8 +164,9 @@ def _kind_faults(raw: Mapping[str, Any], kind: str) -> list[str]:
         isinstance(rotated, list) and len(rotated) == layers and {0, 1}.issuperset(rotated)
     ):
         faults.append(f"no_rope_layers is {shown(rotated)}, it must be 0 or 1 of each layer")
-    if kind in ("gemma2", "gemma3_text") and not is_size(raw.get("sliding_window")):
-        faults.append(f"sliding_window is {shown(raw.get('sliding_window'))}, it must be {_WANTED[is_size]}")
+    if kind in ("gemma2", "gemma3_text"):
+        needed = [key for key in ("sliding_window", "query_pre_attn_scalar") if raw.get(key) is None]
+        faults += _field_faults(raw, {key: _KIND_FIELDS[key] for key in needed})
     if kinds and "sliding_attention" in kinds and not is_size(raw.get("sliding_window")):
         faults.append(f"layer_types has sliding_attention, but sliding_window is {shown(raw.get('sliding_window'))}")
     if raw.get("use_bidirectional_attention"):
@@ -273,11 +274,30 @@ def rope_faults(config: ModelConfig) -> list[str]:
     return faults
 
 
+def nested_rope_faults(raw: Mapping[str, Any], kind: str) -> list[str]:
+    """What is wrong with the rope that a Gemma 3 has for each kind of layer; [] for the other families."""
+    rope = raw.get("rope_parameters")
+    if kind != "gemma3_text" or not isinstance(rope, dict) or not rope:
+        return []
+    layers = {name: rope.get(name) for name in ("full_attention", "sliding_attention")}
+    if all(table is None for table in layers.values()) or not all(isinstance(t, dict | None) for t in layers.values()):
+        return [f"rope_parameters is {shown(rope)}: a {kind} needs an object each for {' and '.join(layers)}"]
+    local = layers["sliding_attention"] or {}
+    scaled = local.get("rope_type", local.get("type", "default"))
+    if scaled != "default":
+        return [
+            f"rope_parameters.sliding_attention has rope_type {shown(scaled)}: only layers of full attention are "
+            "scaled here, so default is needed there"
+        ]
+    return []
+
+
 def given_rope_faults(raw: Mapping[str, Any]) -> list[str]:
     """What rope_from_hf trusts."""
-    faults, ntk = [], raw.get("longlora_ntk")
+    faults = []
+    ours = {name: raw[name] for name in ("longlora_ntk", "longlora_rope") if raw.get(name) is not None}
     top = {key: raw.get(key) for key in ("rope_theta", "original_max_position_embeddings")}
-    for table in (top, raw.get("rope_scaling") or raw.get("rope_parameters") or {}, {} if ntk is None else ntk):
+    for table in (top, raw.get("rope_scaling") or raw.get("rope_parameters") or {}, *ours.values()):
         if not isinstance(table, dict):
             faults.append(f"rope {shown(table)} must be one flat object with a rope_type")
             continue
@@ -288,6 +308,7 @@ def given_rope_faults(raw: Mapping[str, Any]) -> list[str]:
         faults += _field_faults(given, {key: _ROPE_FIELDS[key] for key in given if key in _ROPE_FIELDS})
     needed = {"rope_type", "factor", "original_max_position_embeddings", "rope_theta"}
     known = {*RopeScaling.__annotations__, "rope_theta"}
-    if not faults and ntk is not None and not needed <= {k for k in ntk if ntk[k] is not None} <= known:
-        faults.append(f"longlora_ntk is {shown(ntk)}, it must have {', '.join(sorted(needed))}: delete it")
+    for name, table in [] if faults else ours.items():
+        if not needed <= {key for key in table if table[key] is not None} <= known:
+            faults.append(f"{name} is {shown(table)}, it must have {', '.join(sorted(needed))}: delete it")
     return faults

@@ -12,7 +12,7 @@ from longlora_jax.weights.family_keys import (
     Raw,
     all_sliding,
     partial_rotary,
-    reads_gemma,
+    reads_gemma1,
     reads_gemma2,
     reads_gemma3,
     reads_phi3,
@@ -58,8 +58,10 @@ class Family:
     where config.json leaves it out. always: fields of ModelConfig that all of its models have. same: keys that are
     fields of ModelConfig under their own name. reads(raw) gives further fields of ModelConfig, writes(config)
     further keys of config.json. known: keys that these two take care of. rope_type: what rope.type=auto makes of a
-    model that was never scaled. renames: parts of names in its files, {ours: theirs}; fused: what they store in one;
-    each_head: {ours: theirs} of a norm that they store head by head, as "{theirs}.norms.{head}".
+    model that was never scaled. longrope_only: transformers computes no other scaling of it. synonyms: {theirs: ours}
+    of keys that its config.json has under another name; ours is none of its keys. renames: parts of names in
+    its files, {ours: theirs}; fused: what they store in one; each_head: {ours: theirs} of a norm that they store head
+    by head, as "{theirs}.norms.{head}".
     """
 
     architecture: str
@@ -70,6 +72,8 @@ class Family:
     writes: Callable[[ModelConfig], Raw] = _writes_nothing
     known: tuple[str, ...] = ()
     rope_type: str = "linear"
+    longrope_only: bool = False
+    synonyms: Mapping[str, str] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
     fused: tuple[Fused, ...] = ()
     each_head: Mapping[str, str] = field(default_factory=dict)
@@ -140,6 +144,7 @@ FAMILIES: dict[str, Family] = {
         reads=reads_phi3,
         writes=writes_phi3,
         known=("sliding_window", "partial_rotary_factor"),
+        longrope_only=True,
         fused=(
             Fused("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
             Fused("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
@@ -174,7 +179,7 @@ FAMILIES: dict[str, Family] = {
         _GEMMA_DEFAULTS,
         always={"norm": "rms_unit_offset"},
         same=("attention_bias",),
-        reads=reads_gemma,
+        reads=reads_gemma1,
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
@@ -188,6 +193,7 @@ FAMILIES: dict[str, Family] = {
         reads=reads_gemma2,
         writes=writes_gemma2,
         known=(*_WINDOWS, "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
+        synonyms={"hidden_activation": "hidden_act"},
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
@@ -200,7 +206,8 @@ FAMILIES: dict[str, Family] = {
         same=("attention_bias",),
         reads=reads_gemma3,
         writes=writes_gemma3,
-        known=(*_WINDOWS, "query_pre_attn_scalar"),
+        known=(*_WINDOWS, "query_pre_attn_scalar", "rope_local_base_freq"),
+        synonyms={"hidden_activation": "hidden_act"},
     ),
     "stablelm": Family(
         "StableLmForCausalLM",
@@ -212,6 +219,7 @@ FAMILIES: dict[str, Family] = {
         reads=reads_stablelm,
         writes=writes_stablelm,
         known=("partial_rotary_factor", "qk_layernorm", "use_parallel_residual"),
+        synonyms={"layer_norm_eps": "rms_norm_eps"},
         each_head={"self_attn.q_norm": "self_attn.q_layernorm", "self_attn.k_norm": "self_attn.k_layernorm"},
     ),
     "gpt_neox": Family(
@@ -225,6 +233,11 @@ FAMILIES: dict[str, Family] = {
         reads=partial_rotary,
         writes=writes_gpt_neox,
         known=("partial_rotary_factor", "use_parallel_residual"),
+        synonyms={
+            "layer_norm_eps": "rms_norm_eps",
+            "rotary_pct": "partial_rotary_factor",
+            "rotary_emb_base": "rope_theta",
+        },
         renames={
             "model.embed_tokens": "gpt_neox.embed_in",
             "model.layers": "gpt_neox.layers",
@@ -237,13 +250,6 @@ FAMILIES: dict[str, Family] = {
         },
         fused=(Fused("attention.query_key_value", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), True),),
     ),
-}
-# Other names of the same key, in older files or of a family's own.
-SYNONYMS = {
-    "layer_norm_eps": "rms_norm_eps",
-    "rotary_pct": "partial_rotary_factor",
-    "rotary_emb_base": "rope_theta",
-    "hidden_activation": "hidden_act",
 }
 ACTIVATIONS = {
     **{name: "silu" for name in ("silu", "swish")},

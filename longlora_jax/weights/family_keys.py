@@ -1,11 +1,13 @@
 """What families of models have of their own in config.json: read into fields of ModelConfig, and written back."""
 
+import logging
 import math
 from typing import Any
 
 from longlora_jax.model_config import FULL_ATTENTION, SLIDING_ATTENTION, ModelConfig
 
 Raw = dict[str, Any]
+_log = logging.getLogger(__name__)
 
 
 def _sliding(raw: Raw, window: Any, kinds: list[str]) -> Raw:
@@ -16,9 +18,10 @@ def _sliding(raw: Raw, window: Any, kinds: list[str]) -> Raw:
 
 
 def all_sliding(raw: Raw) -> Raw:
-    """Every layer in one window: Mistral's and Phi-3's."""
-    window = raw.get("sliding_window")
-    if window is None or window >= raw["max_position_embeddings"]:
+    """Every layer in one window: Mistral's and Phi-3's. One that cuts nothing off would only keep groups from them."""
+    window, longest = raw.get("sliding_window"), raw["max_position_embeddings"]
+    if window is not None and window >= longest:
+        _log.info("sliding_window=%d cuts nothing off in %d tokens: all layers have full attention", window, longest)
         return {}
     return _sliding(raw, window, [SLIDING_ATTENTION] * raw["num_hidden_layers"])
 
@@ -86,6 +89,11 @@ def writes_smollm3(config: ModelConfig) -> Raw:
 def reads_gemma(raw: Raw) -> Raw:
     """The scale of the embedding."""
     return {"embedding_multiplier": math.sqrt(raw["hidden_size"])}
+
+
+def reads_gemma1(raw: Raw) -> Raw:
+    """The scale of the embedding; by "gelu" the first files mean the approximation, which their model computes."""
+    return reads_gemma(raw) | ({"hidden_act": "gelu_pytorch_tanh"} if raw["hidden_act"] == "gelu" else {})
 
 
 def reads_gemma2(raw: Raw) -> Raw:

@@ -64,6 +64,7 @@ def open_hf(folder: str) -> tuple[ModelConfig, dict[str, Tensor]]:
     What bitsandbytes quantized there is read dequantized (weights/bnb.py).
     All names, shapes and dtypes are checked against the config; every fault is named in one UserError.
     """
+    _refuse_own(folder)
     config = load_config(folder)
     table, faults = _open_files(folder)
     table, damaged = unpacked(table)
@@ -100,6 +101,18 @@ def _open_files(folder: str) -> tuple[dict[str, Tensor], list[str]]:
             continue
         return _open_listed(folder, listed)
     raise UserError(f"{folder} has no weights: neither {_SAFETENSORS} nor {_TORCH}, nor the index of either")
+
+
+def _refuse_own(folder: str) -> None:
+    """Raises UserError for a converted checkpoint and for a workdir, whose config.json would be found at fault."""
+    own = {"params": "a converted checkpoint", "checkpoints": "the workdir of a run"}
+    what = next((what for name, what in own.items() if os.path.isdir(os.path.join(folder, name))), None)
+    weights = [name + end for name in (_SAFETENSORS, _TORCH) for end in ("", ".index.json")]
+    if what and not any(os.path.isfile(os.path.join(folder, name)) for name in weights):
+        raise UserError(
+            f"{folder} is {what}, and a Hugging Face folder is needed here: give that of the model, or write one with "
+            f"convert_weights.py to-hf {folder} HF_DIR"
+        )
 
 
 def _open_listed(folder: str, listed: Mapping[str, list[str]]) -> tuple[dict[str, Tensor], list[str]]:

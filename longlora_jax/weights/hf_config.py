@@ -17,11 +17,12 @@ from longlora_jax.weights.config_faults import (
     family_faults,
     given_rope_faults,
     is_size,
+    nested_rope_faults,
     refuse,
     rope_faults,
     shown,
 )
-from longlora_jax.weights.families import ACTIVATIONS, FAMILIES, SYNONYMS, defaults_of, family_of
+from longlora_jax.weights.families import ACTIVATIONS, FAMILIES, defaults_of, family_of
 from longlora_jax.weights.hf_rope import rope_from_hf, rope_to_hf, window_from_hf
 
 
@@ -40,7 +41,8 @@ def load_config(folder: str) -> ModelConfig:
     if not isinstance(kind, str) or kind not in FAMILIES:
         refuse(path, [_other_kind(kind, raw)])
     assert isinstance(kind, str)  # refused otherwise
-    raw = defaults_of(kind) | one_form(raw)
+    refuse(path, nested_rope_faults(raw, kind))
+    raw = defaults_of(kind) | one_form(raw, kind)
     # A null means the same as a key that is left out.
     width: Any = raw.get("hidden_size")
     heads: Any = raw.get("num_attention_heads")
@@ -78,19 +80,29 @@ def is_quantized(folder: str) -> bool:
     return bool(read_json(os.path.join(folder, "config.json")).get("quantization_config"))
 
 
-def one_form(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with one name for what has several: SYNONYMS, and Gemma 3's rope of each kind of layer."""
-    raw = dict(raw)
-    for name, ours in SYNONYMS.items():
-        if raw.get(name) is not None:
-            raw[ours] = raw[name]
-    rope = raw.get("rope_parameters")
-    has_kinds = raw.get("model_type") == "gemma3_text"
-    if has_kinds and isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
-        local = rope.get("sliding_attention")
-        raw["rope_parameters"] = rope["full_attention"]
-        if isinstance(local, dict):
-            raw["rope_local_base_freq"] = local.get("rope_theta", raw.get("rope_local_base_freq"))
+def one_form(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """A config.json in LLaMA's words: without a family's synonyms, with the rope of layers of full attention alone.
+
+    The theta of Gemma 3's other layers is then rope_local_base_freq.
+    """
+    raw, family = dict(raw), FAMILIES[kind]
+    for theirs, ours in family.synonyms.items():
+        raw.pop(ours, None)
+        if raw.get(theirs) is not None:
+            raw[ours] = raw[theirs]
+    for form in ("rope_scaling", "rope_parameters") if family.longrope_only else ():
+        given = raw.get(form)
+        if isinstance(given, dict) and "long_factor" in given:  # older files name it otherwise
+            named = given.get("rope_type", given.get("type"))
+            raw[form] = given | {"rope_type": "longrope" if named in ("su", "yarn") else named}
+    rope, scaling = raw.get("rope_parameters"), raw.get("rope_scaling")
+    if kind == "gemma3_text" and isinstance(rope, dict) and rope:
+        full, local = (rope.get(f"{layers}_attention") or {} for layers in ("full", "sliding"))
+        if scaling is None or isinstance(scaling, dict):  # as transformers: one updates the other
+            raw |= {"rope_parameters": full | (scaling or {}), "rope_scaling": None}
+        raw["rope_local_base_freq"] = local.get("rope_theta", raw.get("rope_local_base_freq"))
+    if raw.get("rope_local_base_freq") is None:
+        raw.pop("rope_local_base_freq", None)
     return raw
 
 
@@ -125,7 +137,13 @@ def config_to_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """The content of a config.json that transformers 4 and 5 both read, as the family has it; dtype as "bfloat16"."""
     family = family_of(config)
     same = SIZES + SWITCHES + NUMBERS + TOKEN_IDS + family.same
-    rope = rope_to_hf(config.rope_theta, config.rope_scaling, config.rotary_dim, config.max_position_embeddings)
+    rope = rope_to_hf(
+        config.rope_theta,
+        config.rope_scaling,
+        config.rotary_dim,
+        config.max_position_embeddings,
+        longrope_only=family.longrope_only,
+    )
     if config.partial_rotary_factor != 1:
         rope["rope_parameters"] |= {"partial_rotary_factor": config.partial_rotary_factor}
         rope["partial_rotary_factor"] = config.partial_rotary_factor

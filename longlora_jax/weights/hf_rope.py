@@ -5,12 +5,16 @@ import logging
 import math
 from typing import Any
 
-from longlora_jax.attention.rope import ROPE_TYPES, RopeScaling, is_finite, raised_theta
+import numpy as np
+
+from longlora_jax.attention.rope import ROPE_TYPES, RopeScaling, is_finite, raised_theta, rope_frequencies
 from longlora_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 _PRETRAINED = (2048, 4096, 8192)  # the windows of LLaMA 1, 2 and 3, in tokens
+# Kinds whose frequencies are the same at every length, so that longrope's factors can say them.
+AS_LONGROPE = ("linear", "yarn", "llama3")
 
 
 def rope_from_hf(config_json: dict[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -33,6 +37,8 @@ def rope_from_hf(config_json: dict[str, Any]) -> tuple[float, RopeScaling | None
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return _ntk_from_hf(config_json, float(theta))
+    if kind == "longrope" and config_json.get("longlora_rope") is not None:
+        return float(theta), _kind_from_hf(config_json, given, float(theta))
     named = config_json.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
     if "factor" not in given and kind in ("yarn", "longrope") and named:
         given["factor"] = max(_stated_window(config_json) / named, 1.0)
@@ -68,7 +74,12 @@ def window_from_hf(config_json: dict[str, Any]) -> int:
 
 
 def rope_to_hf(
-    theta: float, scaling: RopeScaling | None, rotary_dim: int, max_position_embeddings: int
+    theta: float,
+    scaling: RopeScaling | None,
+    rotary_dim: int,
+    max_position_embeddings: int,
+    *,
+    longrope_only: bool = False,
 ) -> dict[str, Any]:
     """The top-level keys of a config.json from which transformers makes the same frequencies.
 
@@ -77,11 +88,15 @@ def rope_to_hf(
     `ntk`: it leaves as a plain rope with a raised theta, `longlora_ntk` keeps what it was. Its
     `dynamic` counts from max_position_embeddings, which therefore is the original window there,
     and `longlora_window` the present one; so it is for a yarn that reaches further than its model's window.
+    longrope_only: the family has no other scaling in transformers (Family.longrope_only): those of AS_LONGROPE leave as
+    a longrope with the same frequencies, `longlora_rope` keeps what they were. Raises UserError for `dynamic` there.
     """
     keys: dict[str, Any] = {"max_position_embeddings": max_position_embeddings}
     given: dict[str, Any] = {"rope_type": "default"}
     if scaling is not None:
         scaling.validate()
+        if longrope_only:
+            check_longrope_only(scaling)
         original = scaling.original_max_position_embeddings
         keys["original_max_position_embeddings"] = original
         given = {n: v for n, v in dataclasses.asdict(scaling).items() if v is not None}
@@ -94,14 +109,47 @@ def rope_to_hf(
             keys["max_position_embeddings"] = original
         elif scaling.rope_type == "yarn" and original * scaling.factor > max_position_embeddings:
             keys["longlora_window"] = max_position_embeddings
+        if longrope_only and scaling.rope_type in AS_LONGROPE:
+            keys["longlora_rope"] = given | {"rope_theta": theta}
+            # No window is outgrown: both lists are the same, and no factor on cos and sin follows from the quotient.
+            keys["original_max_position_embeddings"] = original = max_position_embeddings
+            given = _as_longrope(theta, scaling, rotary_dim) | {"original_max_position_embeddings": original}
     old_form = None if given["rope_type"] == "default" else dict(given)
     if given["rope_type"] in ("linear", "dynamic"):
         # transformers 5 warns of more fields in these kinds; 4.31 to 4.42 fail unless there are
         # exactly `type` and `factor`, which later ones read as well.
         given = {name: given[name] for name in ("rope_type", "factor")}
         old_form = {"type": given["rope_type"], "factor": given["factor"]}
+    elif longrope_only and given["rope_type"] == "longrope":
+        old_form = _three_keys(given, max_position_embeddings)
     new_form = given | {"rope_theta": theta}
     return keys | {"rope_theta": theta, "rope_scaling": old_form, "rope_parameters": new_form}
+
+
+def check_longrope_only(scaling: RopeScaling | None) -> None:
+    """Raises UserError for a scaling that a family with longrope alone cannot be exported with."""
+    if scaling is not None and scaling.rope_type == "dynamic":
+        raise UserError(
+            "rope_type='dynamic' has other frequencies at every length, and of this family's scalings transformers "
+            f"computes longrope alone, which has not: set rope.type (--rope_type) to {', '.join(AS_LONGROPE)} or ntk"
+        )
+
+
+def _as_longrope(theta: float, scaling: RopeScaling, rotary_dim: int) -> dict[str, Any]:
+    """A longrope that has the frequencies of another scaling at every length."""
+    plain, _ = rope_frequencies(head_dim=rotary_dim, theta=theta, scaling=None, seq_len=1)
+    scaled, on_cos_and_sin = rope_frequencies(head_dim=rotary_dim, theta=theta, scaling=scaling, seq_len=1)
+    divisors = (plain.astype(np.float64) / scaled).tolist()
+    given: dict[str, Any] = {"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors}
+    return given if on_cos_and_sin == 1 else given | {"attention_factor": on_cos_and_sin}
+
+
+def _three_keys(longrope: dict[str, Any], window: int) -> dict[str, Any]:
+    """The form of a longrope that transformers 4 wants of a Phi-3, where the rest follows from its windows."""
+    stretch = window / longrope["original_max_position_embeddings"]
+    if longrope.get("attention_factor") is not None or longrope.get("factor", stretch) != stretch:
+        return longrope
+    return {"type": "longrope"} | {name: longrope[name] for name in ("short_factor", "long_factor")}
 
 
 def _stated_window(config_json: dict[str, Any]) -> int:
@@ -132,9 +180,29 @@ def _ntk_from_hf(config_json: dict[str, Any], theta: float) -> tuple[float, Rope
     ntk = config_json.get("longlora_ntk")
     if ntk is None:
         return theta, None
-    heads = config_json["hidden_size"] // config_json["num_attention_heads"]
-    rotary_dim = int((config_json.get("head_dim") or heads) * (config_json.get("partial_rotary_factor") or 1))
-    if not math.isclose(theta, raised_theta(ntk["rope_theta"], ntk["factor"], rotary_dim)):
+    if not math.isclose(theta, raised_theta(ntk["rope_theta"], ntk["factor"], _rotary_dim(config_json))):
         raise UserError(f"config.json: longlora_ntk={ntk} does not give rope_{theta=}: delete it")
     fields = {name: value for name, value in ntk.items() if name != "rope_theta"}
     return ntk["rope_theta"], RopeScaling(**fields)
+
+
+def _kind_from_hf(config_json: dict[str, Any], given: dict[str, Any], theta: float) -> RopeScaling:
+    """Finds again the scaling that rope_to_hf wrote as a longrope."""
+    own = config_json["longlora_rope"]
+    scaling = RopeScaling(**{name: value for name, value in own.items() if name != "rope_theta"})
+    scaling.validate()
+    is_same = scaling.rope_type in AS_LONGROPE and own["rope_theta"] == theta
+    if is_same:
+        ours = _as_longrope(theta, scaling, _rotary_dim(config_json))
+        is_same = all(
+            len(ours[name]) == len(given.get(name, ())) and np.allclose(ours[name], given[name], rtol=1e-5, atol=0)
+            for name in ("short_factor", "long_factor")
+        )
+    if not is_same:
+        raise UserError(f"config.json: longlora_rope={own} does not give its longrope's factors: delete it")
+    return scaling
+
+
+def _rotary_dim(config_json: dict[str, Any]) -> int:
+    heads = config_json["hidden_size"] // config_json["num_attention_heads"]
+    return int((config_json.get("head_dim") or heads) * (config_json.get("partial_rotary_factor") or 1))

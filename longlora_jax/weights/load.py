@@ -28,6 +28,7 @@ from longlora_jax.weights.bnb import agreed
 from longlora_jax.weights.config_faults import refuse
 from longlora_jax.weights.converted import is_converted, open_converted
 from longlora_jax.weights.rules import (
+    ROWS_OF_TOKENS,
     adapters_of,
     build_params,
     cast_table,
@@ -114,6 +115,8 @@ def open_model(
     when they are read from the dtype that they have on disk.
     """
     path, step = split_step(hub.local_folder(path, what=_FOLDERS))
+    if base and not is_workdir(path):
+        raise UserError(f"--base {base} is of a run, and {path} is no workdir of train.py: leave it out")
     if is_workdir(path):
         step = _newest_step(path) if step is None else step
         config, table, tokenizer_dir = _open_workdir(path, step, dtype, check, base)
@@ -155,6 +158,30 @@ def open_adapters(workdir: str) -> tuple[Config, dict]:
     if config.mode == "full":
         raise UserError(f"{workdir} trained every weight (mode=full), there is no adapter: use to-hf")
     return config, trained
+
+
+def with_new_rows(
+    workdir: str, config: Config, trained: dict, base: str | None = None
+) -> tuple[dict[str, Any], int | None]:
+    """What a run trained, and embedding and lm_head whole where its model has more rows than its base; and the base's.
+
+    config, trained: as open_adapters gives them. Rows that were not trained are the mean of the base's, as in the run.
+    base: where the run's base lies if it is not in its place. The second is None where the base has as many rows.
+    """
+    workdir, _ = split_step(workdir)
+    model = config.model
+    assert model is not None  # a run is saved resolved
+    if not config.new_tokens or not config.init_from:
+        return trained, None
+    if base and not Path(config.init_from).is_dir():
+        config = replace(config, init_from=hub.local_folder(base))
+    check_base(workdir, config)
+    rows = hf.load_config(config.init_from).vocab_size
+    if rows >= model.vocab_size:
+        return trained, None
+    whole = {name: t for name, t in _open_base(workdir, config).items() if name in ROWS_OF_TOKENS}
+    missing = {name: t for name, t in whole.items() if name not in params_table(model, trained)}
+    return combine(trained, build_params(model, missing)), rows
 
 
 def _open_params(path: str, check: bool) -> tuple[ModelConfig, dict[str, Tensor]]:

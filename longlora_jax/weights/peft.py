@@ -30,6 +30,7 @@ from longlora_jax.weights.rules import (
     get_leaf,
     merge_table,
     weight_rules,
+    with_rows,
 )
 from longlora_jax.weights.tensors import DTYPES, Tensor
 
@@ -134,16 +135,38 @@ def _open(folder: str, base: str | None, window: int | None, rope_type: str) -> 
     theirs, odd = to_ours(config, files.whole)
     rows = {our_name(family_of(config), name): given for name, given in files.rows.items()}
     files = files._replace(pairs=pairs_to_ours(config, files.pairs), whole=theirs, rows=rows, faults=files.faults + odd)
+    own, broken = None, ""
+    try:
+        own = load_config(folder) if os.path.isfile(os.path.join(folder, "config.json")) else None
+    except UserError as error:
+        broken = str(error)
+    if own is not None and own.vocab_size > config.vocab_size:
+        config, table, files = _with_more_rows(own.vocab_size, config, table, files)
     config, whole = _fit(config, table, files)
     faults = files.faults + _tensor_faults(config, files, whole)
     try:
-        config = _extend(folder, config, window, rope_type)
+        config = config if broken else _extend(folder, config, own, window, rope_type)
     except UserError as error:
-        faults.append(str(error))
+        broken = str(error)
+    faults += [broken] * bool(broken)
     refuse(folder, faults)
     kinds = {name: table.get(name, table[EMBED]).dtype for name in table | whole}
     has_tokenizer = any(os.path.isfile(os.path.join(folder, name)) for name in ("tokenizer.json", "tokenizer.model"))
     return _Opened(config, table | whole, kinds, files.pairs, folder if has_tokenizer else base_folder)
+
+
+def _with_more_rows(
+    rows: int, config: ModelConfig, base: Table, files: AdapterFiles
+) -> tuple[ModelConfig, dict[str, Tensor], AdapterFiles]:
+    """Config, base and adapter with as many rows of tokens as the adapter's config.json names, more than the base has.
+
+    Rows that neither of them holds are the mean of the others, which is what tokens that a run adds begin at.
+    """
+    config = replace(config, vocab_size=rows)
+    held = files.whole.get(EMBED, base[EMBED]).shape[:1]
+    if held != (rows,):
+        _log.warning(f"config.json names {rows} rows of tokens, {sum(held)} are there: the others are their mean")
+    return config, with_rows(config, base), files._replace(whole=with_rows(config, files.whole))
 
 
 def _fit(config: ModelConfig, base: Table, files: AdapterFiles) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -233,10 +256,14 @@ def _tensor_faults(config: ModelConfig, files: AdapterFiles, whole: Table) -> li
     return faults
 
 
-def _extend(folder: str, config: ModelConfig, window: int | None, rope_type: str) -> ModelConfig:
-    """The config with the rope and the window that the adapter was trained for."""
-    if os.path.isfile(os.path.join(folder, "config.json")):
-        own = load_config(folder)
+def _extend(
+    folder: str, config: ModelConfig, own: ModelConfig | None, window: int | None, rope_type: str
+) -> ModelConfig:
+    """The config with the rope and the window that the adapter was trained for; own: its config.json's, if it has one.
+
+    Raises UserError if that is of another model.
+    """
+    if own is not None:
         wrong = [
             f.name for f in fields(config) if f.name not in _FREE and getattr(own, f.name) != getattr(config, f.name)
         ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from longlora_jax.config import LoraConfig, ModelConfig
 from longlora_jax.data.chat import ChatFormat
+from longlora_jax.errors import UserError
 from longlora_jax.files import new_folder, write_json
 from longlora_jax.weights import hf
 from longlora_jax.weights.config_faults import refuse
@@ -31,8 +32,8 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained(".")  # this folder
-model = AutoModelForCausalLM.from_pretrained({source}, config=config)
-model = PeftModel.from_pretrained(model, ".")
+{before}model = AutoModelForCausalLM.from_pretrained({source}, config=config)
+{after}model = PeftModel.from_pretrained(model, ".")
 ```
 """
 _PACKED = """
@@ -44,8 +45,11 @@ from transformers import BitsAndBytesConfig
 
 quantization = BitsAndBytesConfig({options})
 model = AutoModelForCausalLM.from_pretrained({source}, config=config, quantization_config=quantization)
-```
+{after}```
 """
+# Around loading a base that has fewer rows of tokens than the model.
+_FEWER_ROWS = "config.vocab_size = {}  # the rows that the base has\n"
+_MORE_ROWS = "model.resize_token_embeddings({})  # with those of the tokens that were added\n"
 _OPTIONS = {
     "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4"',
     "fp4": 'load_in_4bit=True, bnb_4bit_quant_type="fp4"',
@@ -64,6 +68,7 @@ def save_peft(
     chat: ChatFormat | None = None,
     adapters_only: bool = False,
     quantization: str = "none",
+    base_rows: int | None = None,
 ) -> None:
     """Writes an adapter for PEFT 0.6 and later (rslora: 0.8); matrices in float32, other weights in their own dtype.
 
@@ -75,10 +80,17 @@ def save_peft(
     base's embedding there; ensure_weight_tying, for which PEFT has it since 0.18, is unknown to older ones.
     adapters_only: leave out the weights that were trained whole, which few programs read from an adapter (llama.cpp and
     vLLM do not); what is lost is said. chat: see hf.copy_tokenizer. quantization: how the run kept its base
-    (config.base_quantization), which README.md tells.
+    (config.base_quantization), which README.md tells. base_rows: the rows of the base's embedding, if config has more:
+    embedding and lm_head must then be in params, as the base cannot give them, and README.md tells how to add rows.
     Raises UserError if the folder holds something, or if params do not fit config and lora.
     """
-    refuse("this adapter cannot be saved", _leaf_faults(config, lora, params))
+    more_rows = base_rows is not None and base_rows < config.vocab_size
+    if more_rows and adapters_only:
+        raise UserError(
+            f"the model has {config.vocab_size} rows of tokens, its base {base_rows}, and an adapter without its "
+            "embedding has no place for the others: leave --adapters_only out, or use to-hf"
+        )
+    refuse("this adapter cannot be saved", _leaf_faults(config, lora, params, more_rows))
     tied_twice = {HEAD: EMBED} if config.tie_word_embeddings and not adapters_only else {}
     whole = params_table(config, params)
     whole |= {head: whole[embed] for head, embed in tied_twice.items() if embed in whole}
@@ -104,11 +116,14 @@ def save_peft(
         write_json(os.path.join(aside, SETTINGS), _settings(config, lora, name, revision, list(whole)))
         write_json(os.path.join(aside, "config.json"), own)
         with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as file:
-            file.write(_README.format(base=name, source=source, window=config.max_position_embeddings))
+            after = _MORE_ROWS.format(config.vocab_size) if more_rows else ""
+            before = _FEWER_ROWS.format(base_rows) if more_rows else ""
+            window = config.max_position_embeddings
+            file.write(_README.format(base=name, source=source, window=window, before=before, after=after))
             if quantization != "none":
                 kind, _, nested = quantization.partition("_")
                 options = _OPTIONS[kind] + ", bnb_4bit_use_double_quant=True" * bool(nested)
-                file.write(_PACKED.format(name=quantization, options=options, source=source))
+                file.write(_PACKED.format(name=quantization, options=options, source=source, after=after))
         write_safetensors(os.path.join(aside, WEIGHTS[0]), tensors, map(read, tensors.values()))
         if tokenizer_from is not None:
             hf.copy_tokenizer(tokenizer_from, aside, chat, window=config.max_position_embeddings)
@@ -150,7 +165,7 @@ def _is_norm(path: tuple[str, ...]) -> bool:
     return len(path) > 1 and path[-2].endswith("norm")
 
 
-def _leaf_faults(config: ModelConfig, lora: LoraConfig, params: Params) -> list[str]:
+def _leaf_faults(config: ModelConfig, lora: LoraConfig, params: Params, needs_rows: bool) -> list[str]:
     leaves, layers = dict(flatten(params)), config.num_hidden_layers
     needed: dict[tuple[str, ...], tuple[int, ...]] = {}
     allowed: dict[tuple[str, ...], tuple[int, ...]] = {}
@@ -161,6 +176,8 @@ def _leaf_faults(config: ModelConfig, lora: LoraConfig, params: Params) -> list[
             needed[(*rule.path[:-1], "lora_b")] = (layers, lora.rank, *outputs)
         elif rule.path[-1] == "embedding" or _is_norm(rule.path) or rule.path[0] == "lm_head":
             allowed[rule.path] = (layers, *rule.shape) if rule.layered else rule.shape
+    if needs_rows:
+        needed |= {path: shape for path, shape in allowed.items() if not _is_norm(path)}
     if any(map(_is_norm, leaves)):  # PEFT's "norm" stands for every module whose name ends so
         needed |= {path: shape for path, shape in allowed.items() if _is_norm(path)}
     faults = [f"missing {'/'.join(path)}" for path in needed if path not in leaves]

@@ -217,14 +217,14 @@ def cast_table(table: Table, dtypes: Callable[[str], np.dtype]) -> dict[str, Ten
     }
 
 
-_ROWS_OF_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
+ROWS_OF_TOKENS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def with_rows(config: ModelConfig, table: Table) -> dict[str, Tensor]:
     """The table with as many rows of the embedding and the output as the config has tokens: new ones are their mean."""
 
     def grown(t: Tensor) -> Tensor:
-        more = config.vocab_size - t.shape[0]
+        more = config.vocab_size - t.shape[0] if len(t.shape) == 2 else 0
 
         def read():
             rows = t.read()
@@ -233,7 +233,7 @@ def with_rows(config: ModelConfig, table: Table) -> dict[str, Tensor]:
 
         return Tensor(t.dtype, (config.vocab_size, *t.shape[1:]), read) if more > 0 else t
 
-    return {name: grown(t) if name in _ROWS_OF_TOKENS else t for name, t in table.items()}
+    return {name: grown(t) if name in ROWS_OF_TOKENS else t for name, t in table.items()}
 
 
 class Adapter(NamedTuple):

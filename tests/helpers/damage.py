@@ -235,7 +235,10 @@ def configs() -> Cases:
         "hidden_act": ["gelu", 5, [], {}, "x" * 5000, "\n", deep],
         "quantization_config": [{"bits": 4}, 5, "gptq", [1]],
         "longlora_window": [*numbers, 0, -1, 8.5, *HUGE, deep],
-        "longlora_ntk": [*numbers[:1], 5, [], [1], {"factor": 2}, {"rope_theta": 5}, {"rope_theta": "x", "factor": {}}],
+        **dict.fromkeys(
+            ["longlora_ntk", "longlora_rope"],
+            [*numbers[:1], 5, [], [1], {"factor": 2}, {"rope_theta": 5}, {"rope_theta": "x", "factor": {}}],
+        ),
     }
     for key, values in odd.items():
         for value in values:

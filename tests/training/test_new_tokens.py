@@ -1,20 +1,27 @@
 """Tokens that the base lacks: found in the text, trained, and exported with the tokenizer, as transformers reads it."""
 
 import dataclasses
+import json
+import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import FakeStep, longlora, read_metrics
+from runs import FakeStep, longlora, read_metrics, shape
+from tiny import random_params
 
 import convert_weights
 from longlora_jax.config import DataConfig, EvalConfig, MeshConfig
 from longlora_jax.config_file import read_run_config
 from longlora_jax.data import load_tokenizer
 from longlora_jax.errors import UserError
+from longlora_jax.model.decoder import Llama
 from longlora_jax.training import run
 from longlora_jax.training.resolve import resolve
-from longlora_jax.weights.hf import load_hf
-from longlora_jax.weights.load import load_model
+from longlora_jax.weights.hf import load_hf, save_hf
+from longlora_jax.weights.load import load_model, open_model
+from longlora_jax.weights.rules import build_params
 
 TOKENS = ("<tool>", "<|call|>")
 
@@ -60,6 +67,62 @@ def test_new_tokens_are_trained_and_exported(train, script, monkeypatch, home, c
     monkeypatch.setattr(script, "compile_train_step", FakeStep().compile)
     train(config, tmp_path / "work")  # resumed: nothing is left to do
     assert read_metrics(tmp_path / "work") == before
+
+
+class NoisyStep(FakeStep):
+    """Moves everything that trains, and computes nothing."""
+
+    def __call__(self, state, frozen, batch):
+        state, metrics = super().__call__(state, frozen, batch)
+        keys = iter(jax.random.split(jax.random.key(1), 99))
+        moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), state.trainable)
+        return state.replace(trainable=moved), metrics
+
+
+@pytest.mark.parametrize(("mode", "tied"), [("lora", False), ("lora", True), ("longlora", False), ("longlora", True)])
+def test_an_adapter_holds_the_new_rows(mode, tied, script, monkeypatch, home, config, train, tmp_path):
+    """Catches: a card whose lines PEFT cannot run, as the base has no such rows; rows of the embedding or of lm_head
+    that are in neither, because nothing of them was trained; an adapter that comes back without them."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    base = tmp_path / "base"
+    model = Llama(shape(tie_word_embeddings=tied))
+    save_hf(str(base), model.config, random_params(model), tokenizer_from=str(home / "tokenizer"))
+    monkeypatch.setattr(script, "compile_train_step", NoisyStep().compile)
+    config = dataclasses.replace(config, mode=mode, steps=1, init_from=str(base))
+    train(dataclasses.replace(config, batch_size=2, accumulation=1), tmp_path / "work")
+    convert_weights.main(["to-peft", str(tmp_path / "work"), str(tmp_path / "adapter")])
+
+    tokens = np.random.default_rng(0).integers(250, 259, (1, 24))
+    ours = load_model(str(tmp_path / "work"))
+    expected = Llama(ours.config, lora=ours.lora).apply({"params": ours.params}, jnp.asarray(tokens, jnp.int32))
+    assert expected.shape[-1] == 259
+    monkeypatch.chdir(tmp_path / "adapter")
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", (tmp_path / "adapter" / "README.md").read_text(), re.S)[1], names)
+    assert isinstance(names["model"], peft.PeftModel)
+    with torch.no_grad():
+        theirs = names["model"].eval()(torch.from_numpy(tokens)).logits.float().numpy()
+    np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-4)
+
+    convert_weights.main(["from-peft", str(tmp_path / "adapter"), str(tmp_path / "again")])
+    again, table, tokenizer, *_ = open_model(str(tmp_path / "again"))
+    back = Llama(again).apply({"params": build_params(again, table)}, jnp.asarray(tokens, jnp.int32))
+    np.testing.assert_allclose(back, expected, rtol=0, atol=1e-4)
+    assert load_tokenizer(tokenizer).token_id("<|call|>") == 258
+    with pytest.raises(UserError, match="259 rows of tokens, its base 257.*leave --adapters_only out"):
+        convert_weights.main(["to-peft", str(tmp_path / "work"), str(tmp_path / "few"), "--adapters_only"])
+    if mode == "lora":  # as such adapters were written before: without the rows, which are the mean of the others
+        path, settings = (
+            tmp_path / "adapter" / "adapter_model.safetensors",
+            tmp_path / "adapter" / "adapter_config.json",
+        )
+        safetensors = pytest.importorskip("safetensors.numpy")
+        safetensors.save_file({k: t for k, t in safetensors.load_file(path).items() if ".lora_" in k}, path)
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"modules_to_save": None}))
+        convert_weights.main(["from-peft", str(tmp_path / "adapter"), str(tmp_path / "earlier")])
+        config, table, *_ = open_model(str(tmp_path / "earlier"))
+        back = Llama(config).apply({"params": build_params(config, table)}, jnp.asarray(tokens, jnp.int32))
+        np.testing.assert_allclose(back, expected, rtol=0, atol=1e-4)
 
 
 def test_the_start_is_the_mean_of_the_others(config, tmp_path, script):

@@ -9,6 +9,7 @@ import pytest
 from hf_folders import edit_json, edit_weights, save_tiny, tiny_model
 from safetensors.numpy import load_file, save_file
 
+import convert_weights
 from longlora_jax.attention.rope import RopeScaling
 from longlora_jax.errors import UserError
 from longlora_jax.weights.converted import write_converted
@@ -204,3 +205,29 @@ def test_keys_of_other_architectures_are_refused_by_name(tmp_path, key):
         edit_json(source / "config.json", **{key: value})
         with pytest.raises(UserError, match=f"{key} is .*: it makes {kind} of a LLaMA"):
             load_config(str(source))
+
+
+@pytest.mark.parametrize("own, what", [("params", "a converted checkpoint"), ("checkpoints", "the workdir of a run")])
+def test_our_own_folders_where_a_hugging_face_folder_is_needed(own, what, tmp_path):
+    """Catches: a converted checkpoint or a workdir as the base of an adapter, told that its weights or its model_type
+    are missing; --base that does nothing."""
+    from peft_models import adapt
+
+    base = Path(save_tiny(tmp_path / "base"))
+    adapt(base, tmp_path / "adapter")
+    if own == "params":
+        convert_weights.main(["from-hf", str(base), str(tmp_path / "ours")])
+    else:
+        (tmp_path / "ours" / own).mkdir(parents=True)
+        (tmp_path / "ours" / "config.json").write_text('{"seq_len": 64}')
+    said = f"ours is {what}, and a Hugging Face folder is needed here: .*to-hf .*ours HF_DIR"
+    for command in (["from-hf", "ours"], ["from-peft", "adapter", "--base", str(tmp_path / "ours")]):
+        name, source, *flags = command
+        with pytest.raises(UserError, match=said):
+            convert_weights.main([name, str(tmp_path / source), str(tmp_path / "out"), *flags])
+    if own == "params":
+        with pytest.raises(
+            UserError, match="--base .* is of a run, and .*ours is no workdir of train.py: leave it out"
+        ):
+            convert_weights.main(["to-hf", str(tmp_path / "ours"), str(tmp_path / "out"), "--base", str(base)])
+    assert not (tmp_path / "out").exists()
