@@ -41,9 +41,9 @@ from longlora_jax.resilience.health import Health
 from longlora_jax.resilience.lock import WorkdirLock
 from longlora_jax.resilience.watchdog import AGAIN, Watchdog
 from longlora_jax.training import metrics, optim, run
-from longlora_jax.training.resolve import keep_tokenizer, resolve
+from longlora_jax.training.resolve import keep_tokenizer, note_other_draws, resolve
 from longlora_jax.training.step import TrainState, compile_train_step, jit_eval_step
-from longlora_jax.weights.workdir import write_run_config
+from longlora_jax.weights.workdir import checkpoint_steps, write_run_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run: a Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the resolved config.")
@@ -67,6 +67,8 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
     metrics.check_wandb(config.wandb)
     distributed.check_same("config", lambda: dataclasses.asdict(config))
     config = meshes.resolve_mesh(config)
+    if resumed:
+        note_other_draws(config, workdir)
     distributed.check_same("mesh", lambda: {"mesh.auto (the memory of its devices)": dataclasses.asdict(config.mesh)})
     mesh = sharding.make_mesh(config.mesh)
     config = costs.resolve_remat(config, mesh)
@@ -79,6 +81,13 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
     evaluate = Evaluation(config, model) if config.eval.every else None
     state, frozen = run.initial_state(config, model, mesh)
 
+    begun = (checkpoint_steps(workdir) or [0])[-1]
+    distributed.check_same("step", lambda: {"the newest checkpoint": begun})
+    if config.attention.is_full(begun, config.steps):
+        state = state.replace(model=model.clone(pattern=FULL))
+    shape = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), "int32", sharding=batch_sharding)
+    step_fns = {state.model.pattern: compile_train_step(state, frozen, shape, segmented=data.segmented)}
+
     # Nothing is written before this line: whatever the user got wrong has been said by now.
     lock.acquire()
     checkpoints = RunCheckpoints(workdir, keep=config.keep_checkpoints, keep_best=config.keep_best)
@@ -86,7 +95,6 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
     if distributed.is_first():  # also of a run that resumes: its parts may lie elsewhere by now
         write_run_config(workdir, keep_tokenizer(config, workdir))
     distributed.check_shared(f"{workdir}/config.json")
-    distributed.check_same("step", lambda: {"the newest checkpoint": checkpoints.latest_step()})
     if checkpoints.latest_step() is not None:
         state, data_state = checkpoints.restore(state)
         data.set_state(data_state)
@@ -95,10 +103,6 @@ def train(config: Config, workdir: str, watch: Watchdog, lock: WorkdirLock) -> b
         state = run.continued_state(config, state)
     start = int(state.step)
     versions.record(workdir, start)
-    if config.attention.is_full(start, config.steps):
-        state = state.replace(model=model.clone(pattern=FULL))
-    shape = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), "int32", sharding=batch_sharding)
-    step_fns = {state.model.pattern: compile_train_step(state, frozen, shape, segmented=data.segmented)}
     print_census(config, state.model, mesh, step_fns[state.model.pattern], data)
 
     writer = metrics.MetricsLog(workdir, start_step=start, wandb=config.wandb, config=dataclasses.asdict(config))

@@ -19,7 +19,8 @@ for ((i = 0; i < processes; i++)); do
   echo "process $i: pid $!"
 done
 told= # a signal ends bash's wait, not what it waits for
-trap 'told=1; kill "${pids[@]}" 2>/dev/null' INT TERM # what bash starts in the background does not see Ctrl-C
+# A process that has begun to listen gets a terminal's Ctrl-C as well, and takes the two for one.
+trap 'told=1; kill "${pids[@]}" 2>/dev/null' INT TERM
 
 code=0
 for pid in "${pids[@]}"; do

@@ -59,3 +59,12 @@ def from_dict(kind, values: dict):
         return tuple(from_dict(inner, item) if dataclasses.is_dataclass(inner) else item for item in value)
 
     return kind(**{name: restore(hints[name], value) for name, value in values.items()})
+
+
+def flat(config: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """A nested config as {"optim.learning_rate": value}."""
+    found = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found

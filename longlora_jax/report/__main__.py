@@ -14,11 +14,12 @@ from typing import Any
 
 from longlora_jax import errors
 from longlora_jax.errors import UserError
+from longlora_jax.fields import flat
 from longlora_jax.files import write_text
 from longlora_jax.report.charts import MOST_FAINT, SMOOTH_SHARE, Line, chip, legend, line_chart, short
 from longlora_jax.report.evals import KINDS, Evaluation, grids, perplexities, read_evaluations
 from longlora_jax.report.markup import Html, fold, page, table, tag
-from longlora_jax.report.runs import Run, census, defaults, flat, model_of, read_runs
+from longlora_jax.report.runs import Run, census, defaults, model_of, read_runs
 
 # Metric: (title, unit or note, whether to smooth, whether the axis starts at 0). Others follow in their own order.
 CHARTS = {

@@ -11,7 +11,7 @@ from typing import Any
 
 from longlora_jax.config import Config, LoraConfig, ModelConfig
 from longlora_jax.errors import UserError
-from longlora_jax.fields import from_dict, type_faults
+from longlora_jax.fields import flat, from_dict, type_faults
 from longlora_jax.files import load_json, one_line, read_json
 from longlora_jax.model.trainable import TRAINED_GROUPS, group_of
 from longlora_jax.weights.rules import weight_rules
@@ -148,15 +148,6 @@ def read_metrics(path: str) -> list[dict[str, Any]]:
             ) from None
         lines.append(line)
     return lines
-
-
-def flat(config: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """A nested config as {"optim.learning_rate": value}."""
-    found = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return found
 
 
 def defaults() -> dict[str, Any]:

@@ -21,6 +21,8 @@ log = logging.getLogger("longlora_jax")
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, start it again
 _POLL_SECONDS = 0.5
 _SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+# A signal may reach a process twice, from the terminal or the scheduler and from a script around it.
+_SAME_SECONDS = 1.5
 _GRACE_SECONDS = 600  # to save after SIGTERM; most schedulers send SIGKILL long before
 _HERE = str(Path(__file__).parents[2])
 
@@ -36,6 +38,7 @@ class Watchdog:
         self._step: int | None = None  # the last one that is done; None before the first batch is there
         self._last: int | None = None  # the step at which to save and end
         self._deadline = float("inf")
+        self._told = float("inf")  # when this process had its own first signal; others of the run may have theirs
         self._asked, self._deciding, self._over = False, threading.Lock(), threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -84,11 +87,15 @@ class Watchdog:
     def _terminate(self, name: str) -> None:
         if self._step is None:
             distributed.end_all(f"{name} before the first step: nothing to save, start the same command again", AGAIN)
-        if self._asked:
+        now = time.monotonic()
+        if now > self._told + _SAME_SECONDS:
             distributed.end_all(f"a second {name}: ended without waiting for the save, start the same command again to "
                                 "go on from the newest checkpoint", AGAIN)  # fmt: skip
+        self._told = min(self._told, now)
+        if self._asked:  # by another process, or by the same signal
+            return
         log.info("%s: saving after this step", name)
-        self._asked, self._deadline = True, time.monotonic() + _GRACE_SECONDS
+        self._asked, self._deadline = True, now + _GRACE_SECONDS
         distributed.ask_to_stop()
         self._decide()
 

@@ -10,6 +10,8 @@ from longlora_jax.config import Config, DataConfig, ModelConfig, validate, with_
 from longlora_jax.config_file import read_run_config, with_base_of
 from longlora_jax.data.new_tokens import add_tokens, load_with_tokens
 from longlora_jax.errors import UserError
+from longlora_jax.fields import flat
+from longlora_jax.files import one_line
 from longlora_jax.weights import hf, hub
 from longlora_jax.weights.base import kept_as
 from longlora_jax.weights.families import family_of
@@ -82,18 +84,28 @@ def resolve(config: Config, workdir: str) -> tuple[Config, bool]:
     saved = read_run_config(workdir)
     check_base(workdir, config)
     if changed := _changed(config, saved, begun=bool(done)):
+        how = (
+            f"begin a new --workdir from its weights with --config.continue_from={workdir}"
+            if done
+            else f"remove {workdir}, which has no checkpoint yet"
+        )
         raise UserError(
             f"{workdir} holds a run with another {', '.join(changed)}: give the config that it was started with, or "
-            f"begin a new --workdir from its weights with --config.continue_from={workdir}"
+            + how
         )
     if done and done[0] > config.steps:
         raise UserError(f"steps={config.steps}, and the run in {workdir} has done {done[0]}: give as many or more")
-    if config.accumulation != saved.accumulation and (config.lora.dropout or config.neftune_alpha):
+    return config, True
+
+
+def note_other_draws(config: Config, workdir: str) -> None:
+    """Logs a warning if a resumed run, its mesh resolved, draws other numbers than it would have."""
+    before = read_run_config(workdir).accumulation
+    if config.accumulation != before and (config.lora.dropout or config.neftune_alpha):
         log.warning(
             "accumulation=%d, it was %d: lora.dropout and neftune_alpha draw other numbers from here on",
-            *(config.accumulation, saved.accumulation),
+            *(config.accumulation, before),
         )
-    return config, True
 
 
 def keep_tokenizer(config: Config, workdir: str) -> Config:
@@ -114,7 +126,8 @@ def keep_tokenizer(config: Config, workdir: str) -> Config:
 
 
 def _changed(config: Config, saved: Config, begun: bool) -> list[str]:
-    """The fields by which a config is another run than the saved one; begun: that has a checkpoint."""
+    """The fields by which a config is another run than the saved one, each with both values; begun: that has a
+    checkpoint."""
     free = FREE_ON_RESUME + (("continue_from",) if begun else ())  # which does its part at the start
     fixed = {name: getattr(Config(seq_len=1, steps=1), name) for name in free}
 
@@ -123,11 +136,15 @@ def _changed(config: Config, saved: Config, begun: bool) -> list[str]:
         where = {"init_from": "", "data": parts[0], "mixture": tuple(parts[1:])}
         return dataclasses.asdict(dataclasses.replace(config, **fixed, **where))
 
-    ours, theirs = computed(config), computed(saved)
-    changed = [name for name in ours if _plain(ours[name]) != _plain(theirs[name])]
+    ours, theirs = ({name: _plain(x) for name, x in flat(computed(c)).items()} for c in (config, saved))
+    changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     if "steps" in changed and config.optim.schedule == "constant" and not config.attention.full_last:
         changed.remove("steps")  # nothing before the old last step depended on it
-    return changed
+
+    def shown(values: dict[str, Any], name: str) -> str:
+        return one_line(str(values.get(name)), 40)
+
+    return [f"{name} ({shown(ours, name)}, it was {shown(theirs, name)})" for name in changed]
 
 
 def _with_base_of_earlier_run(config: Config, workdir: str) -> Config:

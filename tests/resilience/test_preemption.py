@@ -19,6 +19,7 @@ from runs import longlora, read_metrics, start, write_config
 from longlora_jax import data
 from longlora_jax.config import EvalConfig
 from longlora_jax.parallel import distributed
+from longlora_jax.resilience import watchdog
 from longlora_jax.resilience.watchdog import AGAIN, Watchdog
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +78,8 @@ def watched(
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
     while process.stdout.readline().strip() != ("loading" if how == "loading" else "begun"):
         assert process.poll() is None, process.communicate()
-    for _ in range(signals):
-        time.sleep(0.7)
+    for n in range(signals):
+        time.sleep(2 if n else 0.7)  # sooner, the second would be taken for the first
         process.send_signal(number)
     out, err = process.communicate(timeout=30)
     return process.returncode, out, err
@@ -132,6 +133,23 @@ def test_readers_leave_sigterm_to_the_run():
         os.kill(pid, signal.SIGTERM)
     assert len(list(islice(batches, 50))) == 50
     batches.close()
+
+
+def test_a_signal_that_comes_twice_is_one_and_that_of_another_host_is_none(monkeypatch):
+    """Catches: a run ended without its save, since its second host was told a second later, or Ctrl-C came twice."""
+    ended, clock = [], [100.0]
+    monkeypatch.setattr(distributed, "end_all", lambda line, code: ended.append(line))
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    watch = Watchdog(60)
+    watch.begin(3)
+    watch._decide()  # another host was told
+    for later in (1.3, 0.5, 0.9):
+        clock[0] += later
+        watch._terminate("SIGTERM")
+    assert not ended and watch.due(4)
+    clock[0] += 2
+    watch._terminate("SIGTERM")
+    assert len(ended) == 1 and ended[0].startswith("a second SIGTERM")
 
 
 class Told:

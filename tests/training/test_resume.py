@@ -87,7 +87,10 @@ def test_memory_and_reporting_are_free_on_resume(train, fake, home, tmp_path, ca
     assert read_run_config(str(tmp_path / "work")).loss_chunk == 7
     for name, value in {"seed": 1, "batch_size": 32, "dtype": "bfloat16"}.items():
         line = refused(train, dataclasses.replace(config, **{name: value}), tmp_path / "work", capsys)
-        assert f"a run with another {name}: " in line and f"--config.continue_from={tmp_path / 'work'}" in line
+        assert (
+            f"a run with another {name} ({value}, it was " in line
+            and f"--config.continue_from={tmp_path / 'work'}" in line
+        )
 
 
 def test_steps_may_grow_where_the_schedule_does_not_depend_on_them(train, fake, home, tmp_path, capsys):

@@ -271,7 +271,11 @@ def test_a_workdir_is_of_one_run(train, fake, home, tmp_path, capsys):
         ]
         assert stop.value.code == 2 and len(err) == 1 and err[0].startswith("error: ") and message in err[0]
 
-    refused(dataclasses.replace(config, seed=1), workdir, "a run with another seed: give the config that it was")
+    refused(
+        dataclasses.replace(config, seed=1),
+        workdir,
+        "a run with another seed (1, it was 0): give the config that it was",
+    )
     weights = tmp_path / "base" / "model.safetensors"
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
