@@ -44,6 +44,7 @@ def cross_entropy(hidden, kernel, targets, weights, *, chunk: int = CHUNK, softc
 def token_nll(hidden, kernel, targets, *, chunk: int = CHUNK, softcap: float | None = None):
     """The negative log likelihood of every target, [...] float32 in nats; shapes as in cross_entropy."""
     rows, d = targets.size, hidden.shape[-1]
+    kernel = kernel.astype(hidden.dtype)
     chunks = _split((hidden.reshape(-1, d), targets.reshape(-1)), rows, chunk)
     nll = jax.lax.map(lambda c: _log_likelihood(c[0], kernel, c[1], softcap)[0], chunks)
     return nll.reshape(-1)[:rows].reshape(targets.shape)
@@ -76,6 +77,8 @@ def _weighted_sum(nll, weights):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _sum_nll(hidden, kernel, targets, weights, chunk, softcap):
+    kernel = kernel.astype(hidden.dtype)
+
     def step(total, c):
         hidden_c, targets_c, weights_c = c
         score = lambda: _weighted_sum(_log_likelihood(hidden_c, kernel, targets_c, softcap)[0], weights_c)  # noqa: E731
@@ -90,6 +93,8 @@ def _sum_nll_forward(hidden, kernel, targets, weights, chunk, softcap):
     hidden, targets, weights = hidden.value, targets.value, weights.value
     rows, d = hidden.shape
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if train_kernel else None
+    # Once, and not in each chunk, where a compiler may gather it as well.
+    dtype, kernel = kernel.dtype, kernel.astype(hidden.dtype)
 
     def step(carry, c):
         hidden_c, targets_c, weights_c = c
@@ -101,7 +106,7 @@ def _sum_nll_forward(hidden, kernel, targets, weights, chunk, softcap):
             if softcap is not None:
                 d_logits *= 1 - (logits / softcap) ** 2
             d_logits = d_logits.astype(hidden_c.dtype)
-            d_hidden = jnp.dot(d_logits, kernel.T.astype(d_logits.dtype))
+            d_hidden = jnp.dot(d_logits, kernel.T)
             if d_kernel is not None:
                 d_kernel += jnp.dot(hidden_c.T, d_logits, preferred_element_type=jnp.float32)
             return total + _weighted_sum(nll, weights_c), d_kernel, d_hidden
@@ -115,7 +120,7 @@ def _sum_nll_forward(hidden, kernel, targets, weights, chunk, softcap):
     chunks = _split((hidden, targets, weights), rows, chunk)
     (total, d_kernel), d_hidden = jax.lax.scan(step, (jnp.float32(0), d_kernel), chunks)
     if d_kernel is not None:
-        d_kernel = d_kernel.astype(kernel.dtype)
+        d_kernel = d_kernel.astype(dtype)
     return total, (d_hidden.reshape(-1, d)[:rows], d_kernel)
 
 

@@ -68,10 +68,10 @@ def estimate(config: Config, mesh) -> dict[str, int]:
     Kernels that are cut are gathered: on TPUs those of three layers (what is computed with, its gradients', and the
     next), of a packed base as codes; on GPUs those of one, but XLA keeps all of o_proj or down_proj a second time,
     turned so that it can gather them, where they are cut along their last axis (parallel/sharding.py). A tied embedding
-    that trains is gathered in float32, copied to the dtype of activations, and has a gradient of all of it. Of a packed
-    base one kernel is unpacked, or with chunks those of an attention or an MLP.
-    The constants 3, 8, 11 and 8 are fitted to what the compilers of TPUs and GPUs count (benchmarks/tpu_plans.json,
-    tpu_plans_more.json and gpu_plans.json, which this meets within 7% but for a packed base on one TPU); of remat
+    that trains is gathered in float32, copied to the dtype of activations, and has a gradient of all of it; on TPUs
+    the gradient alone counts. Of a packed base one kernel is unpacked.
+    The constants 3, 8, 11 and 7 are fitted to what the compilers of TPUs and GPUs count (benchmarks/tpu_plans.json,
+    tpu_plans_more.json and gpu_plans.json, which this meets within 7% but for a packed base on one v6e); of remat
     `none`, `dots` and `attention` one count each was taken. float32 takes twice the activations of bfloat16.
     """
     c = config.model
@@ -90,7 +90,7 @@ def estimate(config: Config, mesh) -> dict[str, int]:
     size = jnp.dtype(config.dtype).itemsize
     kept = {
         "block": layers * d,
-        "offload": 8 * d,  # those on their way to the host and back
+        "offload": 7 * d,  # those on their way to the host and back
         "attention": layers * (d + (heads + d) // tensor),
         "dots": layers * (2 * d + (heads + attended + (_mlp_matrices(c) - 1) * c.intermediate_size) // tensor),
         "none": layers * (12 * d + (2 * heads + 4 * c.intermediate_size) // tensor),
@@ -108,9 +108,9 @@ def estimate(config: Config, mesh) -> dict[str, int]:
             read = (attended, c.num_attention_heads), (c.intermediate_size, c.intermediate_size)
             for_block += size * layers * d * sum(n for n, units in read if units % (tensor * cut)) / cut
     if packed is not None:
-        for_block += size * (d * c.intermediate_size if config.chunks == 1 else max(attention, mlp))
+        for_block += size * d * c.intermediate_size
     if c.tie_word_embeddings and config.mode not in ("lora", "lora_norm"):
-        for_block += (size + (4 + 4 if cut > 1 else 0)) * projection
+        for_block += (size if cut == 1 else size + 4 + 4 if gpu else 4) * projection
         for_loss = for_block
     working, gathered = max((block, for_block), (logits, for_loss), key=sum)
     found = {

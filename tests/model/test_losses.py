@@ -177,3 +177,21 @@ def test_bfloat16_hidden_keeps_a_float32_loss():
     # Gradients pass through bfloat16 once: 2^-9 of each summand, here of the largest.
     np.testing.assert_allclose(d_kernel, ek, atol=2**-7 * float(jnp.abs(ek).max()))
     np.testing.assert_allclose(d_hidden.astype(jnp.float32), eh, atol=2**-7 * float(jnp.abs(eh).max()))
+
+
+@pytest.mark.parametrize("train_kernel", [True, False])
+def test_a_kernel_in_another_dtype_is_cast_once(train_kernel):
+    """Catches: a tied embedding, float32 as it trains, that TPUs gather anew for every chunk of the logits."""
+    hidden, kernel, targets, weights = example_batch(3, 16)
+
+    def loss(hidden, kernel):
+        kernel = kernel if train_kernel else jax.lax.stop_gradient(kernel)
+        return cross_entropy(hidden, kernel, targets, weights, chunk=4)[0]
+
+    grad = jax.grad(loss, argnums=(0, 1))
+    found = jaxpr_arrays.casts(grad, jnp.asarray(hidden, jnp.bfloat16), kernel)
+    assert [looped for shape, looped in found if shape == kernel.shape] == [False]
+    nll = jaxpr_arrays.casts(
+        lambda *given: token_nll(*given, targets, chunk=4), jnp.asarray(hidden, jnp.bfloat16), kernel
+    )
+    assert [looped for shape, looped in nll if shape == kernel.shape] == [False]
