@@ -2,6 +2,7 @@
 
 Command:   python train.py --config configs/13b_64k.py --workdir runs/13b_64k --config.init_from=DIR
            DIR is a local folder of meta-llama/Llama-2-13b-hf (safetensors).
+           Its data, once downloaded (README.md): --config.data.source=jsonl --config.data.path=redpajama
 Hardware:  the paper used 8 x A100-80GB; rows are cut over all devices (mesh.fsdp).
            8 chips of TPU v5e hold it with the sequence cut over them instead of the rows:
            --config.mesh.fsdp=1 --config.mesh.context=8 --config.accumulation=64

@@ -2,9 +2,10 @@
 
 Command:   python train.py --config configs/70b_32k_nf4.py --workdir runs/70b_32k_nf4 --config.init_from=DIR
            DIR is a local folder of meta-llama/Llama-2-70b-hf (safetensors), or one that bitsandbytes quantized.
+           Its data, once downloaded (README.md): --config.data.source=jsonl --config.data.path=redpajama
 Hardware:  8 chips of TPU v5e (v5e:2x4), the sequence cut over them, one row at a time, the blocks' inputs in the host's
-           memory: 10.8 of 15.75 GiB a chip by formula (longlora_jax.plan compiles it), of which 4.5 are the base.
-           --config.remat=block needs 15.3.
+           memory: 9.5 of 15.75 GiB a chip, compiled, of which 4.5 are the base. --config.remat=block needs about 4.5
+           more.
 Expected:  not run. The unquantized base needs 4 chips of v5p (configs/70b_32k.py).
 """
 

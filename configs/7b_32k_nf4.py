@@ -2,8 +2,9 @@
 
 Command:   python train.py --config configs/7b_32k_nf4.py --workdir runs/7b_32k_nf4 --config.init_from=DIR
            DIR is a local folder of meta-llama/Llama-2-7b-hf (safetensors), or one that bitsandbytes quantized.
-Hardware:  one RTX 3090 or 4090, one row at a time: 18.4 GiB by formula (longlora_jax.plan), of which 3.6 are the base;
-           --config.remat=offload needs 12.6. XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives a run the card's memory.
+           Its data, once downloaded (README.md): --config.data.source=jsonl --config.data.path=redpajama
+Hardware:  one RTX 3090 or 4090, one row at a time: 18.4 GiB by the planner's formula, of which 3.6 are the base (12.4
+           with --config.remat=offload). XLA_PYTHON_CLIENT_MEM_FRACTION=.95 gives a run the card's memory.
 Expected:  not run. The unquantized recipe gives PG19 validation perplexity 8.12 at 32,768 (paper).
 """
 

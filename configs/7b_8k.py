@@ -2,6 +2,7 @@
 
 Command:   python train.py --config configs/7b_8k.py --workdir runs/7b_8k --config.init_from=DIR
            DIR is a local folder of meta-llama/Llama-2-7b-hf (safetensors).
+           Its data, once downloaded (README.md): --config.data.source=jsonl --config.data.path=redpajama
 Hardware:  the paper used 8 x A100-80GB; rows are cut over all devices (mesh.fsdp).
 Expected:  full fine-tuning under S2-Attn (the paper's pilot) has PG19 perplexity 8.04 at 8,192; no row for LongLoRA.
 """

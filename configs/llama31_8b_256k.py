@@ -2,7 +2,8 @@
 
 Command:   python train.py --config configs/llama31_8b_256k.py --workdir runs/llama31_8b_256k --config.init_from=DIR
            DIR is a local folder of meta-llama/Llama-3.1-8B (safetensors).
-Hardware:  8 x H100: 19.1 of 75.1 GiB a device by the planner's formula, the sequence cut over them:
+           Its data, once downloaded (README.md): --config.data.source=jsonl --config.data.path=redpajama
+Hardware:  8 x H100: 16.3 of 75.1 GiB a device by the planner's formula, the sequence cut over them:
            --config.mesh.fsdp=1 --config.mesh.context=8 --config.accumulation=64
 Expected:  no figure is quoted: nobody has published this extension.
 """

@@ -2,7 +2,8 @@
 
 Command:   python train.py --config configs/mistral_7b_64k.py --workdir runs/mistral_7b_64k --config.init_from=DIR
            DIR is a local folder of mistralai/Mistral-7B-v0.3 (safetensors).
-Hardware:  8 x H100: 29.2 of 75.1 GiB a device by the planner's formula, rows cut over them as they are.
+           Its data, once downloaded (README.md): --config.data.source=jsonl --config.data.path=redpajama
+Hardware:  8 x H100: 28.2 of 75.1 GiB a device by the planner's formula, rows cut over them as they are.
 Expected:  no figure is quoted: nobody has published this extension.
 """
 

@@ -2,7 +2,8 @@
 
 Command:   python train.py --config configs/pythia_1b_16k.py --workdir runs/pythia_1b_16k --config.init_from=DIR
            DIR is a local folder of EleutherAI/pythia-1b (safetensors).
-Hardware:  8 x H100: 3.5 of 75.1 GiB a device by the planner's formula, rows cut over them as they are.
+           Its data, once downloaded (README.md): --config.data.source=jsonl --config.data.path=redpajama
+Hardware:  8 x H100: 2.9 of 75.1 GiB a device by the planner's formula, rows cut over them as they are.
 Expected:  no figure is quoted: nobody has published this extension.
 """
 

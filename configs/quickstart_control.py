@@ -2,7 +2,8 @@
 
 Command:   make quickstart, or python train.py --config configs/quickstart_control.py --workdir runs/quickstart/control
 Hardware:  2 CPU cores, 2 GB of memory.
-Expected:  see README.md. What it gains over untrained YaRN, more training brings; the rest, the longer window does.
+Expected:  see README.md. Its gain over untrained YaRN is due to more training; any further gain of LongLoRA is due to
+           the longer window.
 """
 
 from configs import quickstart

@@ -2,7 +2,8 @@
 
 Command:   python train.py --config configs/qwen25_7b_128k.py --workdir runs/qwen25_7b_128k --config.init_from=DIR
            DIR is a local folder of Qwen/Qwen2.5-7B (safetensors).
-Hardware:  8 x H100: 18.3 of 75.1 GiB a device by the planner's formula, the sequence cut over four of them:
+           Its data, once downloaded (README.md): --config.data.source=jsonl --config.data.path=redpajama
+Hardware:  8 x H100: 15.4 of 75.1 GiB a device by the planner's formula, the sequence cut over four of them:
            --config.mesh.fsdp=2 --config.mesh.context=4 --config.accumulation=32
 Expected:  no figure is quoted: nobody has published this extension.
 """

@@ -3,8 +3,8 @@
 Command:   python train.py --config configs/sft_7b_16k_nf4.py --workdir runs/sft_7b_16k_nf4 --config.init_from=DIR
            DIR is a local folder of meta-llama/Llama-2-7b-chat-hf (safetensors), or one that bitsandbytes quantized.
            The data come from the hub; a copy is --config.data.source=jsonl --config.data.path=LongAlpaca-12k.json.
-Hardware:  one RTX 3090, RTX 4090, L4 or A10G, one row at a time: 12.6 GiB by formula (longlora_jax.plan), of which 3.6
-           are the base.
+Hardware:  one RTX 3090, RTX 4090, L4 or A10G, one row at a time: 12.4 GiB by the planner's formula, of which 3.6 are
+           the base.
 Expected:  not run; no score is printed for this row (see configs/sft_7b_16k.py).
 """
 

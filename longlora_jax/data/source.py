@@ -298,10 +298,13 @@ def _open_dataset(path: str, split: str, streaming: bool) -> Any:
     except UserError:
         raise
     except Exception as error:  # hub, network, parser and split faults have no common base class
-        raise UserError(
-            f"the dataset {path!r}, split {split!r}, cannot be read: {_first_line(error)}; "
-            "name a dataset that can be reached, or a local folder."
-        ) from error
+        advice = "name a dataset that can be reached, or a local folder."
+        if "scripts are no longer supported" in (said := _first_line(error)):
+            advice = (
+                f"download it (hf download --repo-type dataset {path.partition(':')[0]} --local-dir DIR) and read its "
+                "files with data.source=jsonl or parquet and data.path=DIR"
+            )
+        raise UserError(f"the dataset {path!r}, split {split!r}, cannot be read: {said}; {advice}") from error
 
 
 def _part_of(saved: Any, path: str, split: str) -> Any:

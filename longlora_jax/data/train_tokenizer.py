@@ -17,6 +17,7 @@ from longlora_jax.data.source import HELD_OUT, SOURCES, read_documents
 from longlora_jax.errors import UserError
 from longlora_jax.files import write_json, write_text
 
+FILES = ("tokenizer.json", "tokenizer_config.json")
 END_OF_TEXT = "<|endoftext|>"  # id 0: begin, end and padding
 
 # What one merge may not cross, first match wins.
@@ -77,8 +78,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str, *, model_max_length: int) 
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be made ({error.strerror}): name a folder.") from error
-    write_text(os.path.join(folder, "tokenizer.json"), tokenizer.to_str(pretty=False) + "\n")
-    write_json(os.path.join(folder, "tokenizer_config.json"), config)
+    write_text(os.path.join(folder, FILES[0]), tokenizer.to_str(pretty=False) + "\n")
+    write_json(os.path.join(folder, FILES[1]), config)
 
 
 def main() -> None:
@@ -106,8 +107,10 @@ def main() -> None:
         default=None,
         help=f"files never read, with their tests (default for python: {' '.join(HELD_OUT)})",
     )
-    parser.add_argument("--out", required=True, help="folder to write to")
+    parser.add_argument("--out", required=True, help="folder to write to, without a tokenizer so far")
     args = parser.parse_args()
+    if there := [name for name in FILES if os.path.lexists(os.path.join(args.out, name))]:
+        raise UserError(f"{args.out} has a {there[0]} already: remove it or give another folder")
     logging.basicConfig(level=logging.WARNING)
     hold_out = args.hold_out
     if hold_out is None:

@@ -39,9 +39,10 @@ try:
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 except ImportError as error:
+    _lacks = "installed" if error.name == "lm_eval" else f"complete ({error})"
 
-    def _missing(missing: str = str(error)) -> None:
-        raise UserError(f"the package lm_eval is not complete ({missing}): pip install lm_eval")
+    def _missing() -> None:
+        raise UserError(f"the package lm_eval is not {_lacks}: pip install lm_eval")
 
     if __name__ == "__main__":
         errors.run(_missing)

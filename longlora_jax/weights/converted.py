@@ -9,7 +9,9 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,19 +141,25 @@ def _make_leaf(folder: str, rule: Rule, layers: int, dtype: np.dtype) -> _Leaf:
     return _leaf(folder, rule, dtype, rows)
 
 
+@contextmanager
+def orbax_quiet() -> Iterator[None]:
+    """Orbax logs errors alone: it warns of a folder that is read only, or has nothing to merge, as it should be."""
+    absl = logging.getLogger("absl")
+    level = absl.level
+    absl.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.setLevel(level)
+
+
 def _write_skeleton(folder: str, rules: list[Rule]) -> None:
     """Has orbax write its own description of the tree, around arrays of nothing that ours take the place of."""
     tree: dict[str, Any] = {}
     for rule in rules:
         set_leaf(tree, rule.path, np.zeros(1, np.float32))
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.ERROR)  # it warns that there is nothing to merge, which is as it should be
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
-            checkpointer.save(Path(folder).absolute(), tree)
-    finally:
-        absl.setLevel(level)
+    with orbax_quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
+        checkpointer.save(Path(folder).absolute(), tree)
     for rule in rules:
         empty(os.path.join(folder, ".".join(rule.path)))
 

@@ -26,7 +26,7 @@ from longlora_jax.model.trainable import combine
 from longlora_jax.weights import checksums, hf, hub
 from longlora_jax.weights.bnb import agreed
 from longlora_jax.weights.config_faults import refuse
-from longlora_jax.weights.converted import is_converted, open_converted
+from longlora_jax.weights.converted import is_converted, open_converted, orbax_quiet
 from longlora_jax.weights.rules import (
     ROWS_OF_TOKENS,
     adapters_of,
@@ -222,9 +222,10 @@ def _open_run(path: str, step: int | None, check: bool = False) -> tuple[Config,
 
 
 def _newest_step(workdir: str) -> int:
-    checkpoints, options = Path(workdir).absolute() / "checkpoints", ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(checkpoints, options=options) as manager:
-        step = manager.latest_step()
+    with orbax_quiet():
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        with ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options) as manager:
+            step = manager.latest_step()
     if step is None:
         raise UserError(f"{workdir} has no complete checkpoint yet: train it further, or name another folder")
     return step
@@ -268,7 +269,7 @@ class _SavedLeaf:
         set_leaf(item, self._path, jax.ShapeDtypeStruct(self.shape, self.dtype))
         set_leaf(restore, self._path, ocp.RestoreArgs(restore_type=np.ndarray))
         refusal = functools.partial(_damaged, self._folder.parent)
-        with readable(refusal), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with readable(refusal), orbax_quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             args = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
             return get_leaf(checkpointer.restore(self._folder, args=args), self._path)
 
@@ -277,7 +278,7 @@ def _saved_tree(folder: Path, *prefix: str) -> dict:
     """The tree that orbax saved in a folder, or the part of it under a prefix; leaves are read when asked for."""
     folder = folder.absolute()
     refusal = functools.partial(_damaged, folder.parent)
-    with readable(refusal), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with readable(refusal), orbax_quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(folder).item_metadata.tree
     tree: dict[str, Any] = {}
     for path, leaf in flatten(get_leaf(metadata, prefix)):

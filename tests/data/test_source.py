@@ -165,6 +165,19 @@ def test_a_dataset_by_streaming_by_config_and_as_rows(tmp_path, monkeypatch):
     assert seen == [("some/set", "a-config"), ("some/set", None)]
 
 
+def test_a_dataset_of_a_loading_script_is_to_be_downloaded(monkeypatch):
+    """Catches: a sample of RedPajama that cannot be read, and nothing said of how its files can be."""
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found Sample.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    said = r"scripts are no longer supported.*hf download --repo-type dataset some/set --local-dir DIR\).*=jsonl or"
+    with pytest.raises(UserError, match=said):
+        Corpus("hf", "some/set:a-config")
+
+
 def test_rows_by_file_folder_and_glob(tmp_path):
     """Catches: a packed file that a folder hides, a file of another kind read, rows out of the order of the names."""
     row = '{"text": "%s", "body": "B"}\n'

@@ -239,6 +239,9 @@ def test_training_a_tokenizer_is_deterministic_and_named_in_one_line(tmp_path):
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1, failed.stderr
     assert "pieces to learn, not vocab_size=4096" in failed.stderr
     assert not (tmp_path / "3").exists()
+    refused = command(*module, str(tmp_path / "1"), "--vocab_size", "266")
+    assert refused.returncode == 2 and "has a tokenizer.json already" in refused.stderr, refused.stderr
+    assert (tmp_path / "1" / "tokenizer.json").read_bytes() == (tmp_path / "2" / "tokenizer.json").read_bytes()
 
 
 def test_pieces_of_python():

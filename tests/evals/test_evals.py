@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +120,27 @@ def test_a_conversation_never_repeats_a_topic():
     assert sum("Let us talk about" in turn for turn in said) == 200
     assert topics.judge("It was the history of pottery, I think.", "the history of pottery") == 1
     assert topics.judge("The history of potteries", "the history of pottery") == 0
+
+
+class Absent:
+    """The package lm_eval is not installed."""
+
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "lm_eval":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def test_lm_eval_that_is_not_there_is_one_line(monkeypatch, capsys):
+    """Catches: a traceback, a package that is missing called incomplete."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "longlora_jax.evals.lm_eval", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Absent, *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("longlora_jax.evals.lm_eval", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: the package lm_eval is not installed: pip install lm_eval\n"
 
 
 # Long questions

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from longlora_jax.errors import UserError
 from longlora_jax.fields import from_dict
 from longlora_jax.model.decoder import abstract_params
 from longlora_jax.model.trainable import count
+from longlora_jax.plan import gpus, planner
+from longlora_jax.plan.chips import GIB
 from longlora_jax.training import run
 from longlora_jax.training.resolve import extend_model
 from longlora_jax.training.step import train_step
@@ -92,6 +95,22 @@ def test_docstring_tells_how_to_run_it(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     for word in ("Command:", "Hardware:", "Expected:", path.name):
         assert word in docstring, f"{path} does not say {word}"
+
+
+PLANNED = {path: text for path in CONFIGS if "GiB" in (text := path.read_text()) and "planner's formula" in text}
+CARDS = {"8 x H100": "h100:8", "one RTX 3090": "rtx3090:1"}
+
+
+@pytest.mark.parametrize("path", PLANNED, ids=lambda p: p.stem)
+def test_a_docstring_has_the_planners_memory(path, monkeypatch):
+    """Catches: a figure of an earlier formula. The flags of the plan are the lines below it that hold flags alone."""
+    monkeypatch.setattr(gpus, "installed_version", lambda package: "")  # by formula, whatever is installed
+    hardware = PLANNED[path].partition("Hardware:")[2].partition("Expected:")[0]
+    (figure,) = re.findall(r"([\d.]+)(?: of [\d.]+)? GiB(?: a device)? by the planner's formula", hardware)
+    flags = [f for line in re.findall(r"^ +(--config\S+(?: --config\S+)*)$", hardware, re.M) for f in line.split()]
+    (card,) = (card for name, card in CARDS.items() if name in hardware)
+    found = planner.plan(read_config(str(path), flags), card)
+    assert figure == f"{found['hbm_bytes_per_device'] / GIB:.1f}", found["estimate"]
 
 
 def test_paper_windows_and_factors():

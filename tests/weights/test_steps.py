@@ -38,14 +38,16 @@ def counted(train, fake, script, monkeypatch, home, tmp_path):
     return tmp_path / "work"
 
 
-def test_a_step_is_exported_and_evaluated(counted, tmp_path):
+def test_a_step_is_exported_and_evaluated(counted, tmp_path, caplog):
     """Catches: --step that gives the newest all the same; a best step that no command can reach; results of two steps
-    that pass for the same weights."""
+    that pass for the same weights; warnings of orbax about a run that is only read."""
     for name, step in {"3": 3.0, "best": 2.0}.items():
         out = tmp_path / f"export-{name}"
         convert_weights.main(["to-hf", str(counted), str(out), "--step", name])
         np.testing.assert_array_equal(load_hf(str(out))[1]["norm"]["scale"], step)
+    caplog.clear()
     assert float(load_model(str(counted)).params["norm"]["scale"][0]) == 4
+    assert not [record for record in caplog.records if record.name == "absl"]
     path = at_step(str(counted), "3")
     assert float(np.asarray(open_model(path).table["model.norm.weight"].read())[0]) == 3
     third, newest = (weights_of(open_model(at)) for at in (path, str(counted)))
