@@ -3,7 +3,7 @@
 Command:   python train.py --config configs/gemma3_4b_256k.py --workdir runs/gemma3_4b_256k --config.init_from=DIR
            DIR is a local folder of the text model alone (model_type gemma3_text).
            Its data, once downloaded (README.md): --config.data.source=jsonl --config.data.path=redpajama
-Hardware:  8 chips of TPU v5e: 14.4 of 15.75 GiB a device, compiled, the sequence cut over them:
+Hardware:  8 chips of TPU v5e: 10.0 of 15.75 GiB a device, compiled, the sequence cut over them:
            --config.mesh.fsdp=1 --config.mesh.context=8 --config.accumulation=64 --config.remat=offload
 Expected:  no figure is quoted: nobody has published this extension.
 """
