@@ -60,6 +60,7 @@ def to_peft(args: argparse.Namespace) -> None:
         chat=chat,
         adapters_only=args.adapters_only,
         quantization=run.base_quantization,
+        base_folder=run.init_from if os.path.isdir(run.init_from) else None,
         base_rows=base_rows,
     )
 
