@@ -40,15 +40,19 @@ def to_peft(args: argparse.Namespace) -> None:
 
     run, trained = load.open_adapters(at_step(args.workdir, args.step))
     chat = workdir_format(args.workdir)
-    trained, base_rows = load.with_new_rows(args.workdir, run, trained, args.base)
     if not args.base and converted.is_converted(run.init_from):
         raise errors.UserError(
             f"{args.workdir} started from the converted checkpoint {run.init_from}, which PEFT cannot load: name the "
             "Hugging Face folder that it was made of with --base"
         )
+    load.check_adapter_base(args.workdir, run, args.base)
+    trained, base_rows = load.with_new_rows(args.workdir, run, trained, args.base)
     base, tokenizer = args.base or run.init_from, run.data.tokenizer or run.init_from
     if tokenizer == run.init_from and os.path.isdir(base):
         tokenizer = base
+    if not os.path.isdir(tokenizer):
+        print(f"warning: {tokenizer} is gone, so the adapter has no tokenizer: take that of {base}")
+        tokenizer = None
     assert run.model is not None  # a run is saved resolved
     peft_export.save_peft(
         args.peft_dir,
@@ -60,6 +64,7 @@ def to_peft(args: argparse.Namespace) -> None:
         chat=chat,
         adapters_only=args.adapters_only,
         quantization=run.base_quantization,
+        base_folder=run.init_from if os.path.isdir(run.init_from) else None,
         base_rows=base_rows,
     )
 

@@ -40,7 +40,17 @@ ORDER: dict[str, tuple[str, ...] | None] = {
     ),
     "data": None,
     "weights": (
-        *("checksums", "hub", "tensors", "torch_files", "family_keys", "families", "hf_rope", "config_faults"),
+        *(
+            "checksums",
+            "hub",
+            "tensors",
+            "torch_archive",
+            "torch_files",
+            "family_keys",
+            "families",
+            "hf_rope",
+            "config_faults",
+        ),
         *("hf_config", "rules", "bnb", "layouts", "habits", "hf"),
         *("peft_files", "peft_layouts", "peft_export", "peft"),
         *("gguf_reader", "gguf_tokenizer", "gguf_families", "gguf_config", "gguf"),
@@ -60,7 +70,10 @@ ORDER: dict[str, tuple[str, ...] | None] = {
 WINGS = tuple(ORDER)
 WITHOUT_JAX = {
     *("data", "files", "progress", "model/codes"),
-    *(f"weights/{name}" for name in ("hub", "tensors", "torch_files", "hf_rope", "hf_config", "rules", "bnb", "hf")),
+    *(
+        f"weights/{name}"
+        for name in ("hub", "tensors", "torch_archive", "torch_files", "hf_rope", "hf_config", "rules", "bnb", "hf")
+    ),
     *(f"weights/{name}" for name in ("family_keys", "families", "config_faults", "layouts", "habits")),
     *(f"weights/{name}" for name in ("checksums", "peft_files", "peft_layouts", "peft_export", "peft")),
     *(f"weights/{name}" for name in ("gguf_reader", "gguf_tokenizer", "gguf_families", "gguf_config", "gguf")),

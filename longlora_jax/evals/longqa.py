@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     head = {"task": "longqa", "model": args.model, **reader.identity, "data": args.data, "dtype": args.dtype}
     head |= {"quantize": quantization_of(args)}
     head |= {"template": reader.template, "max_new_tokens": args.max_new_tokens}
-    results = Results(args.json, head, ["row"])
+    results = Results(args.json, head, ["row"], by_row=["data"])
     digests = {row: digest(json.dumps(question)) for row, question in enumerate(rows)}
     results.keep(lambda r: r.get("digest", "") == digests.get(r["row"]), f"{args.data} has other questions there now")
     asked = fitting[: args.limit]

@@ -16,6 +16,9 @@ from longlora_jax.weights.workdir import checkpoint_fingerprint, fingerprint
 
 log = logging.getLogger(__name__)
 
+# Fields that say where something lies, which may be spelled in many ways, and those that say what it is.
+PLACES = {"model": "weights", "data": "data_digests", "haystack": "haystack_digest"}
+
 
 def digest(content: str | memoryview) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of a text, or of the memory of an array."""
@@ -50,11 +53,13 @@ class Results:
     """The results of a command, and its JSON file if it has one: those of an earlier call of the same settings count.
 
     head: the settings, all of what results depend on beside their key; key: the fields by which a result is known.
+    A place is not compared if the head has a digest of what lies there, nor if it is in by_row: fields of the head
+    whose content each result knows.
     Results of other settings are replaced, and the log says so. Raises UserError for a file of something
     else; one with nothing in it is written over.
     """
 
-    def __init__(self, path: str | None, head: dict[str, Any], key: Sequence[str]):
+    def __init__(self, path: str | None, head: dict[str, Any], key: Sequence[str], by_row: Sequence[str] = ()):
         self._path, self._key = path, tuple(key)
         self.head = json.loads(json.dumps(head))  # as it is read back: tuples are lists
         self.rows: list[dict[str, Any]] = []
@@ -65,6 +70,8 @@ class Results:
         if not isinstance(rows, list) or not all(isinstance(r, dict) and set(key) <= set(r) for r in rows):
             raise UserError(f"{path} holds something else than such results: give another --json, or remove it")
         for name, value in self.head.items():
+            if name in by_row or self.head.get(PLACES.get(name, "")) is not None:
+                continue
             if value is not None and name not in found:
                 log.warning("%s does not say its %s, as in earlier versions: it is written anew", path, name)
                 return

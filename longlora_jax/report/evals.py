@@ -1,5 +1,6 @@
 """Results of evaluations, as JSON files hold them, on the page: perplexity by length, grids by length and depth."""
 
+import itertools
 import math
 import os
 from collections import defaultdict
@@ -10,6 +11,7 @@ from typing import Any
 from longlora_jax.errors import UserError
 from longlora_jax.files import one_line
 from longlora_jax.report.charts import Line, chip, heat_cell, line_chart, short
+from longlora_jax.report.labels import labels
 from longlora_jax.report.markup import Html, table, tag
 from longlora_jax.report.runs import Run, parse_numbers
 
@@ -83,7 +85,7 @@ def _kind(results: Any) -> str | None:
     if not isinstance(results, list) or not results or not all(isinstance(r, dict) for r in results):
         return None
     for kind, fields in KINDS.items():
-        if all(fields <= set(r) and all(_is_number(r[f]) for f in fields) and _is_sound(r) for r in results):
+        if all(fields <= set(r) and all(_is_score(r, f) for f in fields) and _is_sound(r) for r in results):
             return kind
     return None
 
@@ -99,51 +101,42 @@ def _is_sound(result: dict[str, Any]) -> bool:
     )
 
 
+def _is_score(result: dict[str, Any], field: str) -> bool:
+    value = result[field]
+    return _is_number(value) or (field == "exact_match" and isinstance(value, bool))
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _name(evaluation: Evaluation, runs: list[Run]) -> tuple[str, Run | None]:
-    """What a model is called on the page, and the run whose workdir it is."""
-    model = str(evaluation.head.get("model", "a model"))
-    for run in runs:
-        if _same(model, run.path):
-            return f"{run.name}, trained", run
-    bases = [run for run in runs if run.config.get("init_from") and _same(model, run.config["init_from"])]
-    name = os.path.basename(model.rstrip("/")) or model
-    if bases:
-        return f"{name}, before the training of {', '.join(run.letter for run in bases)}", None
-    return name, None
-
-
-def _same(a: str, b: str) -> bool:
-    try:
-        return os.path.realpath(a) == os.path.realpath(b)
-    except ValueError:  # a name that no path can have
-        return False
-
-
 def perplexities(evaluations: list[Evaluation], runs: list[Run]) -> list[Html]:
     """Perplexity by length: a chart and a table for each set of documents."""
-    by_data: dict[str, dict[tuple[str, str], dict[int, dict]]] = defaultdict(lambda: defaultdict(dict))
+    by_data: dict[str, list[Evaluation]] = defaultdict(list)
     for evaluation in (e for e in evaluations if e.kind == "perplexity"):
-        head = evaluation.head
-        data = head.get("data", "")
+        data = evaluation.head.get("data", "")
         names = [os.path.basename(str(d)) for d in (data if isinstance(data, list) else [data])]
-        name, run = _name(evaluation, runs)
-        if head.get("attention", "full") != "full":
-            name += f", {head['attention']} attention"
-        if override := head.get("rope_override"):
-            kind = override.get("rope_type") if isinstance(override, dict) else override
-            name += f", untrained {kind} rope"
+        by_data[_and_more(names)].append(evaluation)
+    return [part for where, found in by_data.items() for part in _perplexity_of(where, _rows(found, runs), runs)]
+
+
+def _rows(evaluations: list[Evaluation], runs: list[Run]) -> dict[tuple[str, str], dict[int, dict]]:
+    """{(what it is called, letter of its run or ""): {length: result}}; no result takes the place of another."""
+    rows: dict[tuple[str, str], dict[int, dict]] = defaultdict(dict)
+    called = labels([e.head for e in evaluations], runs)
+    for evaluation, (name, run) in zip(evaluations, called, strict=True):
         for result in evaluation.results:
-            rows, length = by_data[_and_more(names)], result["seq_len"]
-            key = (name, run.letter if run else "")
-            if rows[key].get(length, result).get("stride") != result.get("stride"):
-                stride = result.get("stride")
-                key = (f"{name}, stride {stride:,}" if stride else f"{name}, no stride", "")
+            length, stride = result["seq_len"], result.get("stride")
+            strided = f"{name}, stride {stride:,}" if stride else f"{name}, no stride"
+            in_file = f"{name}, {os.path.basename(evaluation.path)}"
+            keys = [(name, run.letter if run else ""), (in_file, ""), (f"{name}, {evaluation.path}", "")]
+            if rows[keys[0]].get(length, result).get("stride") != stride:
+                keys = [(strided, ""), (f"{strided}, {evaluation.path}", "")]
+            # One file may have two results of a length: the last place has no end.
+            numbered = ((f"{keys[-1][0]} ({i})", "") for i in itertools.count(2))
+            key = next(key for key in (*keys, *numbered) if rows[key].get(length, result) == result)
             rows[key][length] = result
-    return [part for where, rows in by_data.items() for part in _perplexity_of(where, rows, runs)]
+    return rows
 
 
 def _and_more(names: list[str]) -> str:
@@ -202,8 +195,8 @@ NOTES = {
 def grids(kind: str, evaluations: list[Evaluation], runs: list[Run]) -> list[Html]:
     """A heat table for each file of results of a kind: lengths across; down depths, if there are some, or scores."""
     figures = []
-    for evaluation in (e for e in evaluations if e.kind == kind):
-        name, run = _name(evaluation, runs)
+    shown = [e for e in evaluations if e.kind == kind]
+    for evaluation, (name, run) in zip(shown, labels([e.head for e in shown], runs), strict=True):
         title = [chip(run.letter, runs.index(run)), name] if run else name
         note = f"{os.path.basename(evaluation.path)}. {NOTES[kind]}"
         if kind == "longqa":

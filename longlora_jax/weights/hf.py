@@ -27,6 +27,7 @@ from longlora_jax.weights.rules import (
     weight_rules,
 )
 from longlora_jax.weights.tensors import DTYPES, Tensor, open_safetensors, reading, write_safetensors
+from longlora_jax.weights.torch_archive import OtherForm
 from longlora_jax.weights.torch_files import open_torch
 
 TOKENIZER_FILES = (
@@ -136,11 +137,16 @@ def _open_listed(folder: str, listed: Mapping[str, list[str]]) -> tuple[dict[str
 
 
 def open_tensor_file(path: str) -> dict[str, Tensor]:
-    """The tensors of one file, .safetensors or torch's; raises UserError if it is damaged, or a Git LFS pointer."""
+    """The tensors of one file, .safetensors or torch's.
+
+    Raises UserError if it is damaged, in a form that is not read, or a Git LFS pointer.
+    """
     refuse_pointer(path)
     opener = open_safetensors if path.endswith(".safetensors") else open_torch
     try:
         return opener(path)
+    except OtherForm as error:
+        raise UserError(f"{os.path.basename(path)} cannot be read: {error}") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{os.path.basename(path)} is damaged or cut off, fetch it again ({error})") from error
 

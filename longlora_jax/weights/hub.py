@@ -20,6 +20,11 @@ _NEVER = ["*/*", "consolidated*"]
 _PATIENCE_SECONDS = 10
 
 
+def is_name(name: str) -> bool:
+    """Whether a model of the hub can be called so: "org/name" or "org/name@revision"."""
+    return bool(_NAME.fullmatch(name))
+
+
 def local_folder(name: str, *, what: str = "a Hugging Face folder") -> str:
     """The folder on this machine that holds a model: name itself if it is one, else a model of the hub, fetched.
 
@@ -32,7 +37,7 @@ def local_folder(name: str, *, what: str = "a Hugging Face folder") -> str:
     if os.path.isdir(name):
         return name
     no_folder = f"{name} is not a folder: give {what}, or a name of the hub such as org/name"
-    if os.path.exists(name) or not _NAME.fullmatch(name):
+    if os.path.exists(name) or not is_name(name):
         raise UserError(no_folder)
     from huggingface_hub.errors import HFValidationError
 

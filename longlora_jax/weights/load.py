@@ -160,6 +160,24 @@ def open_adapters(workdir: str) -> tuple[Config, dict]:
     return config, trained
 
 
+def check_adapter_base(workdir: str, config: Config, base: str | None = None) -> None:
+    """Raises UserError if a run's adapter would not fit its base; config: as open_adapters gives it.
+
+    base: a folder or a name of the hub to use in place of config.init_from. A Hugging Face folder in place of a
+    converted checkpoint has other files: its shapes must fit. What a name of the hub stands for is not looked up.
+    """
+    workdir, _ = split_step(workdir)
+    if base and not Path(base).is_dir():
+        if Path(base).exists() or not hub.is_name(base):
+            raise UserError(f"--base {base} is not a folder: give that of the run's base, or its name on the hub")
+    elif base and is_converted(config.init_from):
+        check_base(workdir, config)
+        assert config.model is not None  # a run is saved resolved
+        refuse(base, list(table_faults(config.model, with_rows(config.model, hf.open_hf(base)[1]))))
+    else:
+        check_base(workdir, replace(config, init_from=base or config.init_from))
+
+
 def with_new_rows(
     workdir: str, config: Config, trained: dict, base: str | None = None
 ) -> tuple[dict[str, Any], int | None]:

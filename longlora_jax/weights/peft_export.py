@@ -13,7 +13,7 @@ from longlora_jax.files import new_folder, write_json
 from longlora_jax.weights import hf
 from longlora_jax.weights.config_faults import refuse
 from longlora_jax.weights.habits import EMBED, HEAD
-from longlora_jax.weights.hf_config import config_to_json
+from longlora_jax.weights.hf_config import config_to_json, is_quantized
 from longlora_jax.weights.layouts import to_theirs
 from longlora_jax.weights.peft_files import PREFIX, SETTINGS, WEIGHTS
 from longlora_jax.weights.peft_layouts import adapters_to_theirs, module_ranks
@@ -32,7 +32,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained(".")  # this folder
-{before}model = AutoModelForCausalLM.from_pretrained({source}, config=config)
+{kept}{before}model = AutoModelForCausalLM.from_pretrained({source}, config=config)
 {after}model = PeftModel.from_pretrained(model, ".")
 ```
 """
@@ -47,6 +47,8 @@ quantization = BitsAndBytesConfig({options})
 model = AutoModelForCausalLM.from_pretrained({source}, config=config, quantization_config=quantization)
 {after}```
 """
+# config.json takes the place of the base's own, which says how its weights are quantized.
+_KEPT = "config.quantization_config = AutoConfig.from_pretrained({source}).quantization_config  # the base's own\n"
 # Around loading a base that has fewer rows of tokens than the model.
 _FEWER_ROWS = "config.vocab_size = {}  # the rows that the base has\n"
 _MORE_ROWS = "model.resize_token_embeddings({})  # with those of the tokens that were added\n"
@@ -68,6 +70,7 @@ def save_peft(
     chat: ChatFormat | None = None,
     adapters_only: bool = False,
     quantization: str = "none",
+    base_folder: str | None = None,
     base_rows: int | None = None,
 ) -> None:
     """Writes an adapter for PEFT 0.6 and later (rslora: 0.8); matrices in float32, other weights in their own dtype.
@@ -80,7 +83,8 @@ def save_peft(
     base's embedding there; ensure_weight_tying, for which PEFT has it since 0.18, is unknown to older ones.
     adapters_only: leave out the weights that were trained whole, which few programs read from an adapter (llama.cpp and
     vLLM do not); what is lost is said. chat: see hf.copy_tokenizer. quantization: how the run kept its base
-    (config.base_quantization), which README.md tells. base_rows: the rows of the base's embedding, if config has more:
+    (config.base_quantization), which README.md tells, if the base is not quantized itself. base_folder: where the base
+    lies on this machine, if base is a name of the hub. base_rows: the rows of the base's embedding, if config has more:
     embedding and lm_head must then be in params, as the base cannot give them, and README.md tells how to add rows.
     Raises UserError if the folder holds something, or if params do not fit config and lora.
     """
@@ -108,7 +112,10 @@ def save_peft(
         for letter, array in (("A", adapter.a), ("B", adapter.b)):
             key = f"{PREFIX}{name.removesuffix('.weight')}.lora_{letter}.weight"
             tensors[key] = Tensor(array.dtype, array.shape, lambda array=array: array)
-    name, _, revision = (os.path.abspath(base), "", "") if os.path.isdir(base) else base.partition("@")
+    if os.path.isdir(base):
+        name, revision, base_folder = os.path.abspath(base), "", base
+    else:
+        name, _, revision = base.partition("@")
     source = f"{name!r}, revision={revision!r}" if revision else repr(name)
     # With no dtype named, transformers loads the base in its own.
     own = {key: value for key, value in config_to_json(config, "").items() if not key.endswith("dtype")}
@@ -119,8 +126,11 @@ def save_peft(
             after = _MORE_ROWS.format(config.vocab_size) if more_rows else ""
             before = _FEWER_ROWS.format(base_rows) if more_rows else ""
             window = config.max_position_embeddings
-            file.write(_README.format(base=name, source=source, window=window, before=before, after=after))
-            if quantization != "none":
+            is_packed = bool(base_folder) and is_quantized(base_folder)
+            kept = _KEPT.format(source=source) if is_packed else ""
+            card = {"base": name, "source": source, "window": window, "kept": kept, "before": before, "after": after}
+            file.write(_README.format(**card))
+            if quantization != "none" and not is_packed:
                 kind, _, nested = quantization.partition("_")
                 options = _OPTIONS[kind] + ", bnb_4bit_use_double_quant=True" * bool(nested)
                 file.write(_PACKED.format(name=quantization, options=options, source=source, after=after))

@@ -9,33 +9,21 @@ import io
 import math
 import os
 import pickletools
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from longlora_jax.errors import UserError
 from longlora_jax.weights.tensors import DTYPES, Tensor, mapped
+from longlora_jax.weights.torch_archive import TORCH_AGAIN, Bounded, Entry, OtherForm, content_of, entries_of, shown
 
 # A tensor takes some 250 bytes of pickle: 16,000 of them, where a LLaMA of 405 B has 1,137. An object takes up to
 # 100 times the bytes of the opcode that makes it: a hostile pickle ends within 400 MB and some seconds.
 _PICKLE_LIMIT = 4_000_000
-_DIRECTORY_LIMIT = 16_000_000  # bytes of the zip's list of entries, each some 70
 _ABSURD = 2**48  # elements
 _LATEST_VERSION = 10  # kMaxSupportedFileFormatVersion in PyTorch's caffe2/serialize/versions.h
-_OLD_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # MAGIC_NUMBER, little endian, as a pickle before 1.6 starts
 _ALONE = "save the table of tensors alone, as state_dict() gives it"
-_TORCH_AGAIN = "load it with torch and save its state_dict() again"
-
-
-class _Entry(NamedTuple):
-    """An entry of the archive: its place in the file, in bytes."""
-
-    start: int
-    size: int
-    crc: int  # 0 if the writer left it out
 
 
 class _Kind(NamedTuple):
@@ -74,8 +62,8 @@ _NOT_PLAIN = {
     "torch._utils _rebuild_qtensor": "a quantized tensor",
     "torch._utils _rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils _rebuild_meta_tensor_no_storage": "a tensor without values",
-    "torch._utils _rebuild_parameter_with_state": f"a parameter with attributes: {_TORCH_AGAIN}",
-    "torch._tensor _rebuild_from_type_v2": f"a tensor with attributes: {_TORCH_AGAIN}",
+    "torch._utils _rebuild_parameter_with_state": f"a parameter with attributes: {TORCH_AGAIN}",
+    "torch._tensor _rebuild_from_type_v2": f"a tensor with attributes: {TORCH_AGAIN}",
 }
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
@@ -85,84 +73,23 @@ def open_torch(path: str) -> dict[str, Tensor]:
 
     A dtype that models are not stored in stays a word, such as "int64". A tensor with more elements than its storage
     (an expanded one) is refused, so that none is larger than the file.
-    Raises ValueError (what is wrong, in a few words) or OSError.
+    Raises ValueError (what is wrong, in a few words; OtherForm if nothing is damaged) or OSError.
     """
-    with _Bounded(path) as file:
-        entries = _entries(file, os.path.getsize(path))
-        version = _content(file, entries, "version", 20).strip()
+    with Bounded(path) as file:
+        entries = entries_of(file, os.path.getsize(path))
+        version = content_of(file, entries, "version", 20).strip()
         if not version.isdigit() or not 1 <= int(version) <= _LATEST_VERSION:
-            raise ValueError(f"its version is {_shown(ascii(version))}, not 1 to {_LATEST_VERSION}")
-        if "byteorder" in entries and _content(file, entries, "byteorder", 20) != b"little":
-            raise ValueError("its weights are not little-endian")
-        program = _content(file, entries, "data.pkl", _PICKLE_LIMIT)
+            raise OtherForm(f"its version is {shown(ascii(version))}, not 1 to {_LATEST_VERSION}")
+        if "byteorder" in entries and content_of(file, entries, "byteorder", 20) != b"little":
+            raise OtherForm("its weights are not little-endian")
+        program = content_of(file, entries, "data.pkl", _PICKLE_LIMIT)
     table = _Machine(path, entries).run(program)
     if not isinstance(table, dict):
-        raise ValueError("it holds no table of tensors")
+        raise OtherForm("it holds no table of tensors")
     for name, value in table.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name} in it is no tensor: {_ALONE}")
+            raise OtherForm(f"{name} in it is no tensor: {_ALONE}")
     return dict(table)
-
-
-class _Bounded(io.FileIO):
-    """A file that is never read in large pieces: zipfile trusts the lengths that it finds."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if (size or 0) > _DIRECTORY_LIMIT:
-            raise ValueError(f"{size} bytes of it would list its entries: too many")
-        return super().read(size)
-
-
-def _entries(file: BinaryIO, size: int) -> dict[str, _Entry]:
-    """{name within the archive's folder: entry}; size: that of the file, in bytes."""
-    first = file.read(64)
-    if _OLD_MAGIC in first:
-        raise ValueError(f"torch before 1.6, or its old format, wrote it: {_TORCH_AGAIN}")
-    if not first.startswith(b"PK\3\4"):
-        raise ValueError("it is no zip file, as torch.save writes them")
-    try:
-        infos = zipfile.ZipFile(file).infolist()
-    except Exception as error:  # of many kinds, and not all of them said in its documentation
-        raise ValueError(f"it is no whole zip file ({_shown(str(error))}): cut off or damaged") from None
-    # With bytes put in before the list of entries zipfile moves all offsets; torch does not.
-    if not infos or min(info.header_offset for info in infos) != 0:
-        raise ValueError("its zip entries do not start with the file: damaged")
-    names = [info.orig_filename for info in infos]
-    if len({name.lower() for name in names}) != len(names):  # torch ignores case
-        raise ValueError("two of its zip entries have one name")
-    folder = names[0].partition("/")[0] + "/"
-    if not all(name.startswith(folder) for name in names):
-        raise ValueError("its zip entries are not in one folder")
-    if f"{folder}constants.pkl" in names:
-        raise ValueError(f"it is a TorchScript archive: {_TORCH_AGAIN}")
-    return {name.removeprefix(folder): _entry(file, size, info) for name, info in zip(names, infos, strict=True)}
-
-
-def _entry(file: BinaryIO, size: int, info: zipfile.ZipInfo) -> _Entry:
-    name = _shown(info.orig_filename)
-    odd = info.compress_type or info.flag_bits & 1 or info.external_attr & 0x10  # torch reads rubbish from folders
-    if odd or info.compress_size != info.file_size:
-        raise ValueError(f"its entry {name} is compressed, encrypted or a folder: torch.save stores plain files")
-    file.seek(min(info.header_offset, size))
-    header = file.read(30)
-    if len(header) != 30 or not header.startswith(b"PK\3\4"):
-        raise ValueError(f"its entry {name} has no header: cut off or damaged")
-    # The lengths of the name and of the extra field, by which torch aligns what follows.
-    start = info.header_offset + 30 + sum(struct.unpack("<2H", header[26:]))
-    if start + info.file_size > size:
-        raise ValueError(f"its entry {name} ends at byte {start + info.file_size} of {size}: cut off or damaged")
-    return _Entry(start, info.file_size, info.CRC)
-
-
-def _content(file: BinaryIO, entries: dict[str, _Entry], name: str, limit: int) -> bytes:
-    entry = entries.get(name)
-    if entry is None or entry.size > limit:
-        raise ValueError(f"it has no {name} of at most {limit} bytes, as torch.save writes it")
-    file.seek(entry.start)
-    content = file.read(entry.size)
-    if entry.crc and zlib.crc32(content) != entry.crc:
-        raise ValueError(f"its {name} is damaged (its checksum is wrong)")
-    return content
 
 
 def _opcodes(program: bytes) -> Iterator[tuple[str, Any]]:
@@ -180,16 +107,17 @@ def _opcodes(program: bytes) -> Iterator[tuple[str, Any]]:
         if not frame_end <= stream.tell() == len(program):
             raise ValueError("its end is not where its bytes end")
     except (ValueError, Warning) as error:  # Python may warn of an opcode's odd text, and warnings may be errors
-        raise ValueError(f"its pickle is damaged: {_shown(str(error))}") from None
+        raise ValueError(f"its pickle is damaged: {shown(str(error))}") from None
 
 
 class _Machine:
     """A pickle's program on a stack. Each opcode takes bounded time and memory, and none goes back: it always ends."""
 
-    def __init__(self, path: str, entries: dict[str, _Entry]):
+    def __init__(self, path: str, entries: dict[str, Entry]):
         self.path = path
         self.entries = entries
         self.storages: dict[str, _Storage] = {}
+        self.checked: set[str] = set()  # the storages whose checksums are right
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under each MARK
         self.memo: list[Any] = []
@@ -199,7 +127,7 @@ class _Machine:
         opcodes = _opcodes(program)
         name, protocol = next(opcodes, ("STOP", 0))
         if name != "PROTO" or not 2 <= protocol <= 5:
-            raise ValueError("its pickle is not of protocol 2 to 5")
+            raise OtherForm("its pickle is not of protocol 2 to 5")
         for name, arg in opcodes:
             self.step(name, arg)
         if self.below or len(self.stack) != 1:
@@ -248,10 +176,10 @@ class _Machine:
                 # The only state of a table is its _metadata, versions of modules: no weights.
                 target, state = self.pop(2)
                 if type(target) is not _Ordered or type(state) is not dict:
-                    raise ValueError("its pickle sets the state of what is no table: refused")
+                    raise OtherForm("its pickle sets the state of what is no table: refused")
                 self.stack.append(target)
             case _:
-                raise ValueError(f"its pickle uses {name}, which no table of tensors needs: {_ALONE}")
+                raise OtherForm(f"its pickle uses {name}, which no table of tensors needs: {_ALONE}")
 
     def pop(self, count: int) -> list[Any]:
         if len(self.stack) < count:
@@ -282,7 +210,7 @@ class _Machine:
             case "storage", _Kind() as kind, str(key), str(), numel if _whole(numel):
                 entry = self.entries.get(f"data/{_word(key)}")
             case _:
-                raise ValueError("its pickle asks for something that is no storage")
+                raise OtherForm("its pickle asks for something that is no storage")
         if entry is None:
             raise ValueError(f"its storage {key} is missing")
         if entry.size // kind.itemsize != numel:
@@ -302,7 +230,7 @@ class _Machine:
             case _Function("parameter"), (Tensor() as tensor, bool(), _Ordered()):
                 return tensor
         # A seventh argument of a tensor says that its values are to be negated or conjugated.
-        raise ValueError("its pickle describes a tensor in an unknown way: refused")
+        raise OtherForm("its pickle describes a tensor in an unknown way: refused")
 
     def tensor(self, storage: _Storage, offset: Any, shape: tuple, strides: tuple) -> Tensor:
         """A view of a storage; offset and strides count elements."""
@@ -314,7 +242,7 @@ class _Machine:
         if 0 not in shape and offset + span > storage.numel:
             raise ValueError(f"a tensor {list(shape)} in it ends at {offset + span} of {stored}")
         if math.prod(shape) > storage.numel:
-            raise ValueError(f"a tensor {list(shape)} in it repeats {stored}: clone() it before torch.save")
+            raise OtherForm(f"a tensor {list(shape)} in it repeats {stored}: clone() it before torch.save")
         dtype = DTYPES.get(storage.kind.dtype, storage.kind.dtype)
         start, path = storage.start + offset * storage.kind.itemsize, self.path
 
@@ -322,29 +250,35 @@ class _Machine:
             assert isinstance(dtype, np.dtype), f"{path} holds {dtype}: refused before it is read"
             if 0 in shape:
                 return np.empty(shape, dtype)
+            self.check(storage.key)
             steps = [stride * dtype.itemsize for stride in strides]
             return np.lib.stride_tricks.as_strided(mapped(path, start, dtype, (span,)), shape, steps, writeable=False)
 
         return Tensor(dtype, shape, read)
+
+    def check(self, key: str) -> None:
+        """Compares a storage with its checksum when it is read for the first time. Raises UserError."""
+        if key not in self.checked:
+            try:
+                self.entries[f"data/{key}"].check(self.path, f"storage {key}")
+            except ValueError as error:
+                raise UserError(f"{self.path} is damaged, fetch it again ({error})") from None
+            self.checked.add(key)
 
 
 def _meaning(name: str) -> _Function | _Kind:
     """name: module and attribute with a space between."""
     if name not in _GLOBALS:
         what = f" ({_NOT_PLAIN[name]})" if name in _NOT_PLAIN else ""
-        raise ValueError(f"its pickle asks for {_shown(name.replace(' ', '.'))}{what}: refused")
+        raise OtherForm(f"its pickle asks for {shown(name.replace(' ', '.'))}{what}: refused")
     return _GLOBALS[name]
 
 
 def _word(value: Any) -> str:
     if type(value) is not str or len(value) > 4096 or not value.isprintable():
-        raise ValueError(f"its pickle has something else where a name is needed: {_ALONE}")
+        raise OtherForm(f"its pickle has something else where a name is needed: {_ALONE}")
     return value
 
 
 def _whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < _ABSURD
-
-
-def _shown(text: str) -> str:
-    return (text if text.isprintable() else ascii(text))[:150]

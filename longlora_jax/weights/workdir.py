@@ -79,7 +79,7 @@ def check_base(workdir: str, config: Config) -> None:
     if not Path(config.init_from).is_dir():
         raise UserError(
             f"{workdir} was started from {config.init_from}, which is gone: put the base back, or say where it is "
-            "now (train.py --config.init_from=DIR, convert_weights.py to-hf --base DIR)"
+            "now (train.py --config.init_from=DIR, --base DIR of convert_weights.py to-hf and to-peft)"
         )
     if fingerprint(config.init_from) != _base_fingerprint(workdir):
         raise UserError(

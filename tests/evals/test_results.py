@@ -134,3 +134,20 @@ def test_a_file_of_an_earlier_version_is_computed_anew(tmp_path, caplog):
     assert [r.getMessage() for r in caplog.records] == [
         f"{path} does not say its config, as in earlier versions: it is written anew"
     ]
+
+
+def test_another_spelling_of_a_place_is_the_same_place(tmp_path):
+    """Catches: hours spent again for a slash at the end of --model, or for a text that was moved; a place that nothing
+    else tells from others left out as well."""
+    path = str(tmp_path / "a.json")
+    head = {"model": "runs/m", "weights": "1", "data": ["a.txt"], "data_digests": ["2"]}
+    stack = {"haystack": "h.txt", "haystack_digest": "3"}
+    Results(path, head | stack, ["row"]).add({"row": 0})
+    moved = {"model": "./runs/m/", "data": ["/b/a.txt"]}
+    assert Results(path, head | moved | stack | {"haystack": "x.txt"}, ["row"]).rows
+    for other in ({"weights": "9"}, {"data_digests": ["9"]}, {"haystack_digest": "9"}):
+        assert not Results(path, head | stack | other, ["row"]).rows
+    assert not Results(path, head | {"haystack": None}, ["row"]).rows  # of another text, not of the task's own filling
+    Results(path, {"model": "m", "weights": "1", "data": "a.jsonl"}, ["row"]).add({"row": 0})
+    elsewhere = {"model": "m/", "weights": "1", "data": "b.jsonl"}
+    assert Results(path, elsewhere, ["row"], by_row=["data"]).rows and not Results(path, elsewhere, ["row"]).rows

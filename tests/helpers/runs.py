@@ -128,6 +128,16 @@ class FakeStep:
         return state.replace(step=state.step + 1), {"loss": 1.0, "grad_norm": 0.5, "skipped": 0, "in_a_row": 0}
 
 
+class NoisyStep(FakeStep):
+    """Moves everything that trains, and computes nothing."""
+
+    def __call__(self, state, frozen, batch):
+        state, metrics = super().__call__(state, frozen, batch)
+        keys = iter(jax.random.split(jax.random.key(1), 99))
+        moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), state.trainable)
+        return state.replace(trainable=moved), metrics
+
+
 class FakeEvaluation:
     """In place of train.py's Evaluation: takes its losses from a list, of which the last one stays."""
 

@@ -4,11 +4,10 @@ import dataclasses
 import json
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import FakeStep, longlora, read_metrics, shape
+from runs import FakeStep, NoisyStep, longlora, read_metrics, shape
 from tiny import random_params
 
 import convert_weights
@@ -67,16 +66,6 @@ def test_new_tokens_are_trained_and_exported(train, script, monkeypatch, home, c
     monkeypatch.setattr(script, "compile_train_step", FakeStep().compile)
     train(config, tmp_path / "work")  # resumed: nothing is left to do
     assert read_metrics(tmp_path / "work") == before
-
-
-class NoisyStep(FakeStep):
-    """Moves everything that trains, and computes nothing."""
-
-    def __call__(self, state, frozen, batch):
-        state, metrics = super().__call__(state, frozen, batch)
-        keys = iter(jax.random.split(jax.random.key(1), 99))
-        moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape, x.dtype), state.trainable)
-        return state.replace(trainable=moved), metrics
 
 
 @pytest.mark.parametrize(("mode", "tied"), [("lora", False), ("lora", True), ("longlora", False), ("longlora", True)])

@@ -157,6 +157,16 @@ def test_every_type_reads_as_transformers_reads_it(kind, tmp_path):
     assert assert_same_weights(config, params, model, tmp_path) == len(tensors)
 
 
+@pytest.mark.parametrize("kind", ["BF16", "Q8_0"])
+def test_the_first_tensor_of_a_type_may_have_one_axis(kind, tmp_path):
+    """Catches: ValueError over one byte of a norm, where a row of a matrix is asked for."""
+    tensors = random_tensors()
+    path = write_gguf(tmp_path / "model.gguf", tensors, {"output_norm.weight": Kind[kind]})
+    _, params, _ = load_gguf(path)
+    # Three decimals and a half: 8 bits of mantissa, or 8 bits of a block's largest.
+    np.testing.assert_allclose(params["norm"]["scale"], tensors["output_norm.weight"], rtol=0.01, atol=0.02)
+
+
 def test_float32_comes_back_as_it_went_in(tmp_path):
     """Catches: an order of q and k, weights or biases, that is wrong in the same way elsewhere."""
     rng, tensors = np.random.default_rng(2), random_tensors()

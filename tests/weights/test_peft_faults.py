@@ -58,7 +58,7 @@ FAULTS = {
         "there is neither adapter_model.safetensors nor adapter_model.bin in it",
     ),
     "cut off": (lambda f: os.truncate(f / "adapter_model.safetensors", 900), "adapter_model.safetensors is damaged"),
-    "pickle": (hostile_pickle, "adapter_model.bin is damaged or cut off"),
+    "pickle": (hostile_pickle, "adapter_model.bin cannot be read: its pickle asks for"),
     "other kind": (set_to(peft_type="IA3"), "peft_type is 'IA3', it must be LORA"),
     "dora": (
         set_to(use_dora=True),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 from runs import FakeEvaluation, FakeStep, longlora
 
 import convert_weights
-from longlora_jax.config import MeshConfig
+from longlora_jax.config import EvalConfig, MeshConfig
 from longlora_jax.errors import UserError
 from longlora_jax.evals.results import weights_of
 from longlora_jax.weights.hf import load_hf
 from longlora_jax.weights.load import load_model, open_model
 from longlora_jax.weights.workdir import at_step
+
+TINY = Path(__file__).parents[2] / "models" / "tiny-python-llama"
 
 
 @pytest.fixture
@@ -96,3 +99,41 @@ def test_a_base_that_was_moved_can_be_named(counted, tmp_path):
     (tmp_path / "elsewhere" / "model.safetensors").write_bytes(b"x" * 60_000)
     with pytest.raises(UserError, match="are not those that"):
         convert_weights.main(["to-hf", str(counted), str(tmp_path / "other"), "--base", there])
+
+
+def to_peft(work, out, *flags):
+    convert_weights.main(["to-peft", str(work), str(out), *map(str, flags)])
+    return json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_an_adapter_is_only_given_with_its_base(counted, tmp_path, capsys):
+    """Catches: an adapter that names a base which was changed, is gone or is another model: it computes nonsense."""
+    base = tmp_path / "base"
+    for other, said in {"none": "is not a folder", TINY: "are not those that", counted: "are not those"}.items():
+        with pytest.raises(UserError, match=said):
+            to_peft(counted, tmp_path / "a", "--base", other)
+    weights = base / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + b"\1\2\3\4")
+    with pytest.raises(UserError, match="are not those that .* was started from"):
+        to_peft(counted, tmp_path / "a")
+    weights.write_bytes(content)
+    os.rename(base, tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="which is gone.*--base DIR of convert_weights.py"):
+        to_peft(counted, tmp_path / "a")
+    assert not (tmp_path / "a").exists() and "no tokenizer" not in capsys.readouterr().out
+    assert to_peft(counted, tmp_path / "b", "--base", "org/name") == "org/name"
+    assert "so the adapter has no tokenizer: take that of org/name" in capsys.readouterr().out
+    assert to_peft(counted, tmp_path / "c", "--base", tmp_path / "elsewhere") == str(tmp_path / "elsewhere")
+    assert (tmp_path / "c" / "tokenizer.json").is_file() and not (tmp_path / "b" / "tokenizer.json").exists()
+
+
+def test_a_folder_in_place_of_a_converted_checkpoint(train, fake, home, tmp_path):
+    """Catches: the base that a converted checkpoint was made of refused, as its files are others; a base of other
+    shapes accepted."""
+    convert_weights.main(["from-hf", str(home / "base"), str(tmp_path / "ours")])
+    config = longlora(home, steps=1, init_from=str(tmp_path / "ours"), mesh=MeshConfig(fsdp=1), eval=EvalConfig())
+    train(config, tmp_path / "work")
+    assert to_peft(tmp_path / "work", tmp_path / "a", "--base", home / "base") == str(home / "base")
+    with pytest.raises(UserError, match="embed_tokens.weight has shape"):
+        to_peft(tmp_path / "work", tmp_path / "b", "--base", TINY)

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from torch_archives import check, entries_of, pack, refused, save, tables
 
+from longlora_jax.errors import UserError
+from longlora_jax.weights import torch_archive
+from longlora_jax.weights.hf import open_tensor_file
 from longlora_jax.weights.torch_files import open_torch
 
 torch = pytest.importorskip("torch")
@@ -73,6 +76,25 @@ def test_only_what_is_used_is_read(tmp_path):
     assert resident() - before < 8e6
 
 
+def test_a_damaged_storage_is_named(tmp_path):
+    """Catches: wrong weights of a file whose checksum says so; its other weights refused; a sum computed each time."""
+    path = tmp_path / "a.bin"
+    save(
+        path, {"small": torch.ones(9), "big": torch.arange(4096.0), "rows": (big := torch.zeros(8, 8)), "half": big[4:]}
+    )
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(4096.0).numpy().tobytes()) + 5000] ^= 1
+    path.write_bytes(content)
+    found = open_torch(str(path))
+    assert found["small"].read().sum() == 9 and found["half"].read().shape == (4, 8)
+    for _ in range(2):
+        with pytest.raises(UserError, match="a.bin is damaged, fetch it again .its storage . is damaged"):
+            found["big"].read()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_archive.Entry, "check", lambda *_: pytest.fail("checked again"))
+        assert found["rows"].read().sum() == 0
+
+
 def unusual(kind):
     """What torch.save takes besides tables of plain tensors."""
     ones, parameter = torch.ones(2), torch.nn.Parameter(torch.ones(2))
@@ -122,6 +144,27 @@ def unusual(kind):
 def test_what_is_no_table_of_plain_tensors_is_refused(tmp_path, kind, reason):
     """Catches: a checkpoint of something else read as a model, and a reason that does not tell what to do."""
     assert reason in refused(save(tmp_path / "a.bin", unusual(kind)))
+
+
+@pytest.mark.parametrize("kind", ["nested", "module", "sparse", "negative", "expanded", "old format", "TorchScript"])
+def test_a_whole_file_in_another_form_is_not_called_damaged(tmp_path, kind):
+    """Catches: "fetch it again" for gigabytes that are right, and that torch would save in the form that is read."""
+    path, ones = tmp_path / "a.bin", {"w": torch.ones(2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        if kind == "TorchScript":
+            torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(path))
+        elif kind == "old format":
+            save(path, ones, _use_new_zipfile_serialization=False)
+        else:
+            save(path, unusual(kind))
+    with pytest.raises(UserError, match="^a.bin cannot be read: ") as caught:
+        open_tensor_file(str(path))
+    assert "damaged" not in str(caught.value) and "fetch" not in str(caught.value)
+    save(path, ones)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="^a.bin is damaged or cut off, fetch it again"):
+        open_tensor_file(str(path))
 
 
 def test_other_formats_are_refused(tmp_path):
