@@ -134,7 +134,7 @@ def _rows(evaluations: list[Evaluation], runs: list[Run]) -> dict[tuple[str, str
                 keys = [(strided, ""), (f"{strided}, {evaluation.path}", "")]
             # One file may have two results of a length: the last place has no end.
             numbered = ((f"{keys[-1][0]} ({i})", "") for i in itertools.count(2))
-            key = next(key for key in (*keys, *numbered) if rows[key].get(length, result) == result)
+            key = next(key for key in itertools.chain(keys, numbered) if rows[key].get(length, result) == result)
             rows[key][length] = result
     return rows
 
