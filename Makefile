@@ -22,12 +22,12 @@ test-all: .venv/test  ## everything that this machine can run, the slow tests to
 	$(PY) -m pytest -n auto --dist worksteal -m "not gpu and not tpu"
 
 # torch, of which some Pythons have builds for CUDA alone, is not installed; these files need it.
-ORACLES = tests/attention/test_patterns.py tests/attention/test_rope.py tests/model/test_quantized.py
-test-programs: .venv/run  ## what JAX compiles, on the JAX of another Python: make test-programs PYTHON=python3.13
+ORACLES = tests/attention/test_patterns.py tests/attention/test_rope.py
+test-programs: .venv/run  ## attention and layers, on the JAX of another Python: make test-programs PYTHON=python3.13
 	grep -vE '^(torch|accelerate|bitsandbytes|peft|pyright|ruff)=' requirements-test.txt > .venv/programs.txt
 	$(PY) -m pip install --quiet --requirement .venv/programs.txt
 	$(PY) -m pytest -n auto --dist worksteal -m "not slow and not gpu and not tpu" \
-	    tests/attention tests/model tests/parallel $(ORACLES:%=--ignore=%)
+	    tests/attention tests/model/test_layers.py tests/parallel/test_sharding.py $(ORACLES:%=--ignore=%)
 
 lint: .venv/test  ## format, lint and types
 	.venv/bin/ruff format --check .
