@@ -43,6 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(BASE).is_dir():
         raise UserError(f"there is no {BASE} here: run make quickstart in the root of the repository")
+    if args.tokens < max(LENGTHS):
+        raise UserError(f"--tokens {args.tokens} of a file do not fill its longest window: give {max(LENGTHS)} or more")
     began = time.perf_counter()
     for folder in (args.out / name for name in ("extended", "extended-hf", "control")):
         shutil.rmtree(folder, ignore_errors=True)  # a quickstart shows the whole job; a run of yours would resume
