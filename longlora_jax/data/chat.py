@@ -188,10 +188,13 @@ def load_prompt(data: DataConfig, folder: str, tokenizer: Tokenizer | None = Non
     def with_before(source: str) -> ChatTemplate:
         return ChatTemplate(source + template.source, special_tokens(folder), FIXED_DAY)
 
-    if data.fold_system and _fault_of_system(template, "Be brief."):
+    def fault_of(system: str) -> str:
+        return refusal(template, [{"role": "system", "content": system}, {"role": "user", "content": _PROBES[0]}])
+
+    if data.fold_system and fault_of("Be brief."):
         template = with_before(_FOLD)
     if data.system:
-        if fault := _fault_of_system(template, data.system):
+        if fault := fault_of(data.system):
             raise UserError(f"data.system: {fault}; data.fold_system=True puts it before the first question")
         template = with_before(_SYSTEM.replace("SYSTEM", _literal(data.system)))
     return template
@@ -202,10 +205,10 @@ def folds_system(template: ChatTemplate) -> bool:
     return _FOLD in template.source
 
 
-def _fault_of_system(template: ChatTemplate, system: str) -> str:
-    """Why a template does not take a system message, "" if it does."""
+def refusal(template: ChatTemplate, messages: list[Message], variables: dict[str, Any] | None = None) -> str:
+    """Why a template does not take messages and what else it is given (ChatTemplate.render), "" if it does."""
     try:
-        template.render([{"role": "system", "content": system}, {"role": "user", "content": _PROBES[0]}])
+        template.render(messages, **(variables or {}))
     except TemplateFault as fault:
         return str(fault)
     return ""

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from longlora_jax.data.chat import folds_system, last_token
+from longlora_jax.data.chat import folds_system, last_token, refusal
 from longlora_jax.data.chat_template import ChatTemplate, Message, TemplateFault
-from longlora_jax.data.rows import NEEDED_PLACES, Conversation
+from longlora_jax.data.rows import NEEDED_PLACES, Conversation, with_arguments
 from longlora_jax.data.tokenizer import Tokenizer
 from longlora_jax.errors import UserError
 
@@ -102,29 +102,22 @@ class Renderer:
 
     def _accepted(self, messages: list[Message], variables: dict[str, Any]) -> tuple[list[Message], list[int]]:
         """Messages as the template takes them, and which of the given ones each is."""
-        fault, asked = self._refusal(messages, variables), int(messages[0]["role"] == "system")
+        fault, asked = refusal(self._template, messages, variables), int(messages[0]["role"] == "system")
         numbers = list(range(len(messages)))
         # ShareGPT's conversations often begin with an answer that nobody asked for.
         begin = next((k for k in numbers if messages[k]["role"] == "user"), asked)
-        if fault is None and asked and begin > asked and self._folds_system:
+        if not fault and asked and begin > asked and self._folds_system:
             fault = "the template has no place for a system message before an answer"
-        if fault is None:
+        if not fault:
             return messages, numbers
         rest = numbers[:asked] + numbers[begin:]
         accepted = [messages[k] for k in rest]
-        if self._refusal(accepted, variables) is None:
+        if not refusal(self._template, accepted, variables):
             self.notes["rows are without their opening answer, which the template refuses"] += 1
             return accepted, rest
-        if asked and not self._folds_system and self._refusal(accepted[1:], variables) is None:
+        if asked and not self._folds_system and not refusal(self._template, accepted[1:], variables):
             fault += "; data.fold_system=True puts a system message before the first question"
         raise TemplateFault(fault)
-
-    def _refusal(self, messages: list[Message], variables: dict[str, Any]) -> str | None:
-        try:
-            self._render(messages, variables)
-        except TemplateFault as fault:
-            return str(fault)
-        return None
 
     def _check_places(self, messages: list[Message], variables: dict[str, Any], text: str) -> None:
         """Raises TemplateFault if a message, or a field of the row, changes nothing in what the template writes."""
@@ -215,17 +208,14 @@ def _wants_json(template: ChatTemplate) -> bool:
 
 def _with_json(message: Message) -> Message:
     """A message whose calls have their arguments as a text in JSON."""
-
-    def spelled(call: Any) -> Any:
-        if not isinstance(call, dict):
-            return call
-        if "function" in call:
-            return call | {"function": spelled(call["function"])}
-        arguments = call.get("arguments")
-        return call | {"arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else call
-
     calls = message.get("tool_calls")
-    return message | {"tool_calls": [spelled(call) for call in calls]} if isinstance(calls, list) else message
+    if not isinstance(calls, list):
+        return message
+    return message | {"tool_calls": [with_arguments(call, _as_json) for call in calls]}
+
+
+def _as_json(arguments: Any) -> Any:
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 def _squashed(text: str) -> str:

@@ -5,7 +5,7 @@ that cannot be used as it is says which field is in the way.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,7 +167,7 @@ def _add(found: Conversation, turns: Any, name: str, columns: Mapping[str, str])
             more["tool_calls"] = [{"type": "function", "function": _call(call, where)}]
             content = "" if said == "function_call" else content
         if isinstance(more.get("tool_calls"), list):
-            more["tool_calls"] = [_with_object(call) for call in more["tool_calls"]]
+            more["tool_calls"] = [with_arguments(call, _as_object) for call in more["tool_calls"]]
         found.messages.append({"role": role, "content": content, **more})
         found.scored.append(all(_is_scored(turn, key, where) for key in SCORED))
 
@@ -193,17 +193,20 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return call
 
 
-def _with_object(call: Any) -> Any:
-    """A call whose arguments are an object, which templates spell: OpenAI has them as a text in JSON."""
-    if not isinstance(call, dict):
-        return call
-    if "function" in call:
-        return call | {"function": _with_object(call["function"])}
+def with_arguments(call: Any, change: Callable[[Any], Any]) -> Any:
+    """A call of a tool, {"function": {"name", "arguments"}} or what is inside alone, with its arguments changed."""
+    if isinstance(call, dict) and "function" in call:
+        return call | {"function": with_arguments(call["function"], change)}
+    return call | {"arguments": change(call["arguments"])} if isinstance(call, dict) and "arguments" in call else call
+
+
+def _as_object(arguments: Any) -> Any:
+    """Arguments as templates spell them: OpenAI has them as a text in JSON."""
     try:
-        arguments = load_json(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+        given = load_json(arguments) if isinstance(arguments, str) else None
     except ValueError:
-        arguments = None
-    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
+        given = None
+    return given if isinstance(given, dict) else arguments
 
 
 def _is_scored(turn: dict[str, Any], key: str, where: str) -> bool:

@@ -13,6 +13,10 @@ from longlora_jax.files import check_writable
 
 log = logging.getLogger(__name__)
 
+# Of the settings in a file of results: fields that say where something lies, which may be spelled in many ways, and
+# those that say what it is.
+PLACES = {"model": "weights", "data": "data_digests", "haystack": "haystack_digest"}
+
 
 def check_outputs(json: str | None, plot: str | None) -> None:
     """Raises UserError if a file of results or a picture could not be written."""

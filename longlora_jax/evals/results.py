@@ -10,14 +10,12 @@ from typing import Any
 
 from longlora_jax.data import Tokenizer
 from longlora_jax.errors import UserError
+from longlora_jax.evals.command import PLACES
 from longlora_jax.files import holds_nothing, one_line, read_json, write_json
 from longlora_jax.weights.load import OpenModel
 from longlora_jax.weights.workdir import checkpoint_fingerprint, fingerprint
 
 log = logging.getLogger(__name__)
-
-# Fields that say where something lies, which may be spelled in many ways, and those that say what it is.
-PLACES = {"model": "weights", "data": "data_digests", "haystack": "haystack_digest"}
 
 
 def digest(content: str | memoryview) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
 
+from longlora_jax.evals.command import PLACES
 from longlora_jax.files import one_line
 from longlora_jax.report.runs import Run
 
@@ -15,10 +16,8 @@ Head = dict[str, Any]
 _IN_WORDS = ("attention", "rope_override", "quantize")
 # No settings: what a head holds of the results, and a stride, which each result says of itself.
 _NO_SETTINGS = {"task", "results", "summary", "by_length", "skipped", "given_stride", *_IN_WORDS}
-# Paths, and the digest by which what lies there is known.
-_PATHS = {"model": "weights", "data": "data_digests", "haystack": "haystack_digest"}
 # Earlier versions did not write them: that they are not there is no difference.
-_DIGESTS = {"config", "tokenizer", "chat_format", *_PATHS.values()}
+_DIGESTS = {"config", "tokenizer", "chat_format", *PLACES.values()}
 
 
 def labels(heads: Sequence[Head], runs: list[Run]) -> list[tuple[str, Run | None]]:
@@ -28,7 +27,7 @@ def labels(heads: Sequence[Head], runs: list[Run]) -> list[tuple[str, Run | None
     """
     named = [_name(head, runs) for head in heads]
     texts = [", ".join([name, *_in_words(head)]) for (name, _), head in zip(named, heads, strict=True)]
-    for key in dict.fromkeys([*_PATHS, *(key for head in heads for key in head if key not in _NO_SETTINGS)]):
+    for key in dict.fromkeys([*PLACES, *(key for head in heads for key in head if key not in _NO_SETTINGS)]):
         alike = defaultdict(list)
         for i, text in enumerate(texts):
             alike[text].append(i)
@@ -78,12 +77,12 @@ def _values(key: str, heads: Sequence[Head]) -> list[str]:
     """What to say of a setting for each of these heads; [] where there is nothing to tell them apart by."""
     values = [head.get(key) for head in heads]
     said = ["none" if v is None else v if isinstance(v, str) else json.dumps(v) for v in values]
-    marks = [_place(value) if key in _PATHS else text for value, text in zip(values, said, strict=True)]
+    marks = [_place(value) if key in PLACES else text for value, text in zip(values, said, strict=True)]
     is_open = key in _DIGESTS and None in values
-    digests = [head.get(_PATHS[key]) for head in heads] if key in _PATHS else []
+    digests = [head.get(PLACES[key]) for head in heads] if key in PLACES else []
     if digests and None not in digests:
         digests = [json.dumps(digest) for digest in digests]
         if len(set(marks)) < len(set(digests)):
-            key, said = _PATHS[key], [digest.strip('"') for digest in digests]
+            key, said = PLACES[key], [digest.strip('"') for digest in digests]
         marks = digests
     return [f"{key.replace('_', ' ')} {text}" for text in said] if len(set(marks)) > 1 and not is_open else []

@@ -18,6 +18,7 @@ from longlora_jax.errors import UserError
 from longlora_jax.files import one_line
 from longlora_jax.weights import checksums
 from longlora_jax.weights.load import readable
+from longlora_jax.weights.workdir import checkpoint_steps
 
 log = logging.getLogger("longlora_jax")
 
@@ -155,8 +156,8 @@ class RunCheckpoints:
 
     def _newest_good(self, before: int | None) -> int | None:
         """The newest checkpoint before a step whose files are as they were saved."""
-        steps = {int(path.name) for path in self._folder.iterdir() if path.name.isdigit()}
-        earlier = sorted((step for step in steps if before is None or step < before), reverse=True)
+        steps = reversed(checkpoint_steps(str(self._folder.parent)))
+        earlier = (step for step in steps if before is None or step < before)
         return next((step for step in earlier if not checksums.verify(self._folder / str(step))), None)
 
 

@@ -41,7 +41,7 @@ from longlora_jax.weights.rules import (
     with_rows,
 )
 from longlora_jax.weights.tensors import DTYPES, Tensor
-from longlora_jax.weights.workdir import check_base, is_workdir, split_step, workdir_format
+from longlora_jax.weights.workdir import check_base, checkpoint_steps, is_workdir, split_step, workdir_format
 
 _FOLDERS = "a Hugging Face folder, a converted checkpoint or a workdir"
 
@@ -240,13 +240,9 @@ def _open_run(path: str, step: int | None, check: bool = False) -> tuple[Config,
 
 
 def _newest_step(workdir: str) -> int:
-    with orbax_quiet():
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        with ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options) as manager:
-            step = manager.latest_step()
-    if step is None:
+    if not (steps := checkpoint_steps(workdir)):
         raise UserError(f"{workdir} has no complete checkpoint yet: train it further, or name another folder")
-    return step
+    return steps[-1]
 
 
 def _open_base(workdir: str, config: Config, check: bool = False) -> dict[str, Tensor]:
